@@ -1,0 +1,45 @@
+"""The ``nnqmd`` command: one short file per subcommand; parse, call, print.
+
+The command files import the rooms they use inside their functions, so that ``nnqmd --help``
+does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from nnqmd_server import __version__
+from nnqmd_server.cli import model, run, serve, spectrum, train
+from nnqmd_server.cli.terminal import console, show_error
+from nnqmd_server.errors import NnqmdError
+
+app = typer.Typer(
+    help="Neural-network forces for i-PI path-integral dynamics, and the spectra that follow.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("train")(train.train)
+app.command("serve", epilog=serve.EXAMPLES)(serve.serve)
+app.command("run", epilog=run.EXAMPLES)(run.run)
+app.add_typer(spectrum.app, name="spectrum")
+app.add_typer(model.app, name="model")
+
+
+@app.callback(invoke_without_command=True)
+def _options(version: bool = typer.Option(False, "--version", help="Print the version and stop.")) -> None:
+    if version:
+        console.print(f"nnqmd-server {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; errors that a user can mend are shown in words, without a traceback."""
+    try:
+        app()
+    except NnqmdError as error:
+        show_error(error)
+        sys.exit(1)

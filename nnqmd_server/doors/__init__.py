@@ -1,0 +1,1 @@
+"""How i-PI asks for forces."""

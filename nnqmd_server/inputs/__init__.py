@@ -1,0 +1,1 @@
+"""i-PI inputs: read, check, run."""

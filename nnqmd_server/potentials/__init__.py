@@ -1,0 +1,1 @@
+"""What computes forces: one small file per kind of potential."""

@@ -1,0 +1,68 @@
+"""What every potential is: ``evaluate(Structures) -> Results``, and a card that says what it can do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+from nnqmd_server.errors import UnknownElementError
+from nnqmd_server.structures import Results, Structures
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a potential says of itself.
+
+    Parameters
+    ----------
+    name : str
+        File name of the model.
+    sha256 : str
+        Hash of the model file; a pool refuses workers whose hash differs.
+    elements : tuple of str
+        Chemical symbols that the model knows, in its own type order.
+    cutoff : float
+        Cutoff radius [Angstrom].
+    dtype : str
+        Precision of the network, "float32" or "float64".
+    properties : tuple of str
+        What it gives beyond energy, forces and virial ("wannier_centroid", "dipole").
+    ion_charges : dict
+        Charge of the ion core of each element [e]; empty without a Wannier read-out.
+    carriers : dict
+        Electrons that the Wannier centroid of each carrier element stands for.
+    """
+
+    name: str
+    sha256: str
+    elements: tuple[str, ...]
+    cutoff: float
+    dtype: str
+    properties: tuple[str, ...] = ()
+    ion_charges: dict[str, float] | None = None
+    carriers: dict[str, float] | None = None
+
+    def as_dict(self) -> dict:
+        """As plain JSON types."""
+        return asdict(self)
+
+
+def unknown_elements(card: Card, symbols: Sequence[str]) -> UnknownElementError:
+    """The error for elements that a model does not know."""
+    return UnknownElementError(
+        f"The model {card.name} does not know {', '.join(symbols)}; it knows {', '.join(card.elements)}.",
+        "Use a model that was trained on all elements of the structure.",
+    )
+
+
+class Potential(Protocol):
+    """Anything that computes energies, forces and virials of a batch of structures."""
+
+    card: Card
+    form: str
+    """How the model runs, in words for the log ("compiled for cpu", "eager, no C++ compiler")."""
+
+    def evaluate(self, structures: Structures) -> Results:
+        """Energies [eV], forces [eV/Angstrom], virials [eV] and properties, in the order given."""
+        ...

@@ -1,0 +1,64 @@
+"""What stands in a packaged model (``.nequip.zip``), read without executing any of it."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from pathlib import Path
+
+import yaml
+
+from nnqmd_server.errors import ModelError
+from nnqmd_server.potentials.base import Card
+
+PACKAGE_SUFFIX = ".nequip.zip"
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _member(archive: zipfile.ZipFile, ending: str) -> str | None:
+    return next((name for name in archive.namelist() if name.endswith(ending)), None)
+
+
+def read_card(path: str | Path) -> Card:
+    """Read what a packaged model says of itself; nothing in it is executed.
+
+    Raises
+    ------
+    ModelError
+        The file is missing or is not a packaged model.
+    """
+    path = Path(path)
+    wanted = "Give a packaged model (.nequip.zip), as `nnqmd train` or `nequip-package build` writes it."
+    if not path.is_file():
+        raise ModelError(f"There is no model file {path}.", wanted)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            config_name = _member(archive, "/model/config.yaml")
+            metadata_name = _member(archive, "/model/package_metadata.txt")
+            if config_name is None or metadata_name is None:
+                raise ModelError(f"{path} is a zip file but not a packaged model.", wanted)
+            config = yaml.safe_load(archive.read(config_name))
+            metadata = yaml.safe_load(archive.read(metadata_name))
+    except (OSError, zipfile.BadZipFile, yaml.YAMLError) as error:
+        raise ModelError(f"{path} is not a model: {error}.", wanted) from error
+    try:
+        model = config["training_module"]["model"]
+        elements = tuple(metadata["atom_types"][k] for k in sorted(metadata["atom_types"]))
+        carriers = model.get("carriers")
+        return Card(
+            name=path.name,
+            sha256=file_hash(path),
+            elements=elements,
+            cutoff=float(model["r_max"]),
+            dtype=str(model["model_dtype"]),
+            properties=("wannier_centroid", "dipole") if carriers else (),
+            ion_charges=model.get("ion_charges") if carriers else None,
+            carriers=carriers,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{path} lacks an entry of a packaged model: {error}.", wanted) from error

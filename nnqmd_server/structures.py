@@ -1,0 +1,144 @@
+"""Structures and Results: the one noun that flows through the house.
+
+Both are ragged batches: structures of different size stand one behind another, and
+``offsets`` says where each begins. eV and Angstrom, float64 and numpy at every border.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Structures:
+    """A ragged batch of periodic structures.
+
+    Parameters
+    ----------
+    numbers : Array
+        Atomic numbers, int64, shape (n_atoms,).
+    positions : Array
+        Unwrapped Cartesian positions [Angstrom], float64, shape (n_atoms, 3).
+    cells : Array
+        Cell vectors as rows [Angstrom], float64, shape (n_structures, 3, 3).
+    offsets : Array
+        Structure ``k`` owns atoms ``offsets[k]:offsets[k + 1]``; int64, shape (n_structures + 1,).
+    """
+
+    numbers: Array
+    positions: Array
+    cells: Array
+    offsets: Array
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    @property
+    def n_atoms(self) -> int:
+        """Atoms of all structures together."""
+        return len(self.numbers)
+
+    @property
+    def volumes(self) -> Array:
+        """Cell volumes [Angstrom^3], shape (n_structures,)."""
+        return np.abs(np.linalg.det(self.cells))
+
+    def atoms_of(self, k: int) -> slice:
+        """Where the atoms of structure ``k`` stand."""
+        return slice(int(self.offsets[k]), int(self.offsets[k + 1]))
+
+    def __getitem__(self, part: slice) -> Structures:
+        """A run of neighbouring structures, as views (no copy)."""
+        first, last, step = part.indices(len(self))
+        if step != 1:
+            raise IndexError("structures are taken in runs: step must be 1")
+        last = max(first, last)
+        low, high = int(self.offsets[first]), int(self.offsets[last])
+        return Structures(
+            self.numbers[low:high],
+            self.positions[low:high],
+            self.cells[first:last],
+            self.offsets[first : last + 1] - low,
+        )
+
+
+def replicas(numbers: Array, positions: Array, cells: Array) -> Structures:
+    """Structures of equal size, such as the beads of a ring polymer.
+
+    Parameters
+    ----------
+    numbers : Array
+        Atomic numbers of one structure, shape (n,).
+    positions : Array
+        Positions [Angstrom], shape (n_structures, n, 3).
+    cells : Array
+        Cell vectors as rows [Angstrom], shape (n_structures, 3, 3).
+    """
+    count, n = positions.shape[:2]
+    return Structures(
+        np.tile(np.asarray(numbers, dtype=np.int64), count),
+        np.ascontiguousarray(positions, dtype=np.float64).reshape(count * n, 3),
+        np.ascontiguousarray(cells, dtype=np.float64).reshape(count, 3, 3),
+        np.arange(count + 1, dtype=np.int64) * n,
+    )
+
+
+def from_ase(frames: Sequence[Atoms]) -> Structures:
+    """Structures from ASE atoms (all periodic)."""
+    counts = [len(frame) for frame in frames]
+    return Structures(
+        np.concatenate([frame.numbers for frame in frames]).astype(np.int64),
+        np.concatenate([frame.positions for frame in frames]).astype(np.float64),
+        np.array([frame.cell.array for frame in frames], dtype=np.float64),
+        np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+    )
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a potential says about a batch of structures.
+
+    Parameters
+    ----------
+    energy : Array
+        Potential energy [eV], shape (n_structures,).
+    forces : Array
+        Forces [eV/Angstrom], shape (n_atoms, 3).
+    virial : Array
+        Virial = -stress * volume [eV], shape (n_structures, 3, 3).
+    properties : dict of Array
+        Further properties of whole structures, each (n_structures, ...); ``dipole`` is in e Angstrom.
+    atom_properties : dict of Array
+        Further properties of atoms, each (n_atoms, ...); ``wannier_centroid`` is in Angstrom.
+    """
+
+    energy: Array
+    forces: Array
+    virial: Array
+    properties: dict[str, Array] = field(default_factory=dict)
+    atom_properties: dict[str, Array] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.energy)
+
+
+def join(parts: Sequence[Results]) -> Results:
+    """Results of consecutive batches as one, in the order given."""
+    if len(parts) == 1:
+        return parts[0]
+    return Results(
+        np.concatenate([p.energy for p in parts]),
+        np.concatenate([p.forces for p in parts]),
+        np.concatenate([p.virial for p in parts]),
+        {k: np.concatenate([p.properties[k] for p in parts]) for k in parts[0].properties},
+        {k: np.concatenate([p.atom_properties[k] for p in parts]) for k in parts[0].atom_properties},
+    )

@@ -1,0 +1,1 @@
+"""Training of Allegro and Allegro-Legato networks."""

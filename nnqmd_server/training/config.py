@@ -1,0 +1,368 @@
+"""The short training configuration, and how it becomes nequip's."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from nnqmd_server.errors import InputError
+from nnqmd_server.units import GPA
+
+
+@dataclass(frozen=True)
+class SplitChoice:
+    """How frames are divided, within every run."""
+
+    group: str = "config_type"
+    validation: float = 0.1
+    test: float = 0.16
+
+
+@dataclass(frozen=True)
+class Wannier:
+    """Wannier centroids: what carries them, and the ion charges that make dipoles of them."""
+
+    carriers: dict[str, float]
+    ion_charges: dict[str, float]
+    hidden_width: int = 32
+
+
+@dataclass(frozen=True)
+class Network:
+    """Size of the Allegro network."""
+
+    cutoff: float = 5.0
+    l_max: int = 1
+    layers: int = 2
+    scalar_features: int = 32
+    tensor_features: int = 16
+    hidden_width: int = 32
+    n_bessel: int = 8
+    precision: str = "float32"
+
+
+@dataclass(frozen=True)
+class Aims:
+    """Errors that weigh the same in the loss."""
+
+    energy: float = 5.0  # meV/atom
+    forces: float = 50.0  # meV/Angstrom
+    stress: float = 0.3  # GPa
+    wannier_centroid: float = 0.01  # Angstrom
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """How long, how fast and how flat."""
+
+    epochs: int = 300
+    batch_size: int = 4
+    learning_rate: float = 0.005
+    rho: float = 0.005
+    ema_decay: float = 0.99
+    gradient_clip: float | None = None
+    seed: int = 1
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """One training, as its YAML file says it; units in the shipped example.
+
+    ``notes`` and ``not_for`` are sentences for the model card that no program can know.
+    """
+
+    name: str
+    data: Path
+    elements: tuple[str, ...]
+    max_force: float | None = None
+    device: str = "auto"
+    split: SplitChoice = field(default_factory=SplitChoice)
+    wannier: Wannier | None = None
+    network: Network = field(default_factory=Network)
+    loss: Aims = field(default_factory=Aims)
+    training: Optimization = field(default_factory=Optimization)
+    notes: tuple[str, ...] = ()
+    not_for: tuple[str, ...] = ()
+
+    @property
+    def carriers(self) -> tuple[str, ...]:
+        """Elements that carry a Wannier centroid."""
+        return tuple(self.wannier.carriers) if self.wannier else ()
+
+
+def read_config(path: Path) -> TrainingConfig:
+    """Read a training configuration; ``data`` is taken relative to the file.
+
+    Raises
+    ------
+    InputError
+        For a key that does not exist, is missing, or has an impossible value.
+    """
+    if not path.is_file():
+        raise InputError(f"There is no training configuration {path}.", "Give the path of a YAML file.")
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not valid YAML: {error}", "Correct it at the place named.") from error
+    config = _build(TrainingConfig, raw, path.name)
+    _validate(config)
+    return replace(config, data=(path.parent / config.data).resolve())
+
+
+def expand(config: TrainingConfig, epochs: int) -> dict[str, Any]:
+    """Expand to nequip's own (Hydra) configuration; file names are relative to the run directory."""
+    opt = config.training
+    loader = {"_target_": "torch.utils.data.DataLoader", "batch_size": opt.batch_size, "num_workers": 0}
+    return {
+        "run": ["train"],
+        "data": {
+            "_target_": "nequip.data.datamodule.ASEDataModule",
+            "seed": opt.seed,
+            "train_file_path": "train.xyz",
+            "val_file_path": "val.xyz",
+            "test_file_path": "test.xyz",
+            "ase_args": {"format": "extxyz"},
+            **({"include_keys": ["wannier_centroid"]} if config.wannier else {}),
+            "transforms": [
+                {
+                    "_target_": "nequip.data.transforms.ChemicalSpeciesToAtomTypeMapper",
+                    "model_type_names": list(config.elements),
+                },
+                {"_target_": "nequip.data.transforms.NeighborListTransform", "r_max": config.network.cutoff},
+            ],
+            "train_dataloader": {**loader, "shuffle": True},
+            "val_dataloader": loader,
+            "test_dataloader": loader,
+            "stats_manager": {
+                "_target_": "nequip.data.CommonDataStatisticsManager",
+                "dataloader_kwargs": {"batch_size": opt.batch_size},
+                "type_names": list(config.elements),
+            },
+        },
+        "trainer": _trainer(config, epochs),
+        "training_module": _training_module(config, epochs),
+    }
+
+
+def _trainer(config: TrainingConfig, epochs: int) -> dict[str, Any]:
+    return {
+        "_target_": "lightning.Trainer",
+        "accelerator": config.device,
+        "devices": 1,
+        "max_epochs": epochs,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "gradient_clip_val": config.training.gradient_clip,
+        "logger": False,
+        "callbacks": [
+            {
+                "_target_": "lightning.pytorch.callbacks.ModelCheckpoint",
+                "monitor": "val0_epoch/weighted_sum",
+                "dirpath": ".",
+                "filename": "best",
+                "enable_version_counter": False,
+                "save_last": True,
+            },
+            {"_target_": "nnqmd_server.training.progress.EpochLog", "path": "epochs.csv"},
+        ],
+    }
+
+
+def _training_module(config: TrainingConfig, epochs: int) -> dict[str, Any]:
+    opt = config.training
+    validation = {"_target_": "nequip.train.MetricsManager", "metrics": _validation_metrics(config)}
+    return {
+        "_target_": "nnqmd_server.training.sam.EMASAMLightningModule",
+        "rho": opt.rho,
+        "ema_decay": opt.ema_decay,
+        "loss": {"_target_": "nequip.train.MetricsManager", "metrics": _loss_terms(config)},
+        "val_metrics": validation,
+        "test_metrics": validation,
+        # Loss terms are tiny in eV, and so are the gradients: Adam's usual eps would slow the last epochs.
+        "optimizer": {"_target_": "torch.optim.Adam", "lr": opt.learning_rate, "eps": 1e-12},
+        "lr_scheduler": {
+            "scheduler": {
+                "_target_": "torch.optim.lr_scheduler.CosineAnnealingLR",
+                "T_max": epochs,
+                "eta_min": opt.learning_rate / 100,
+            },
+            "interval": "epoch",
+            "frequency": 1,
+        },
+        "model": _model(config),
+    }
+
+
+def _model(config: TrainingConfig) -> dict[str, Any]:
+    net, width = config.network, config.network.hidden_width
+    model: dict[str, Any] = {
+        "_target_": "allegro.model.AllegroModel",
+        "seed": config.training.seed,
+        "compile_mode": "eager",
+        "model_dtype": net.precision,
+        "type_names": list(config.elements),
+        "r_max": net.cutoff,
+        "radial_chemical_embed": {
+            "_target_": "allegro.nn.TwoBodyBesselScalarEmbed",
+            "num_bessels": net.n_bessel,
+            "bessel_trainable": False,
+            "polynomial_cutoff_p": 6,
+        },
+        "radial_chemical_embed_dim": net.scalar_features,
+        "scalar_embed_mlp_hidden_layers_depth": 1,
+        "scalar_embed_mlp_hidden_layers_width": width,
+        "l_max": net.l_max,
+        "parity": True,
+        "num_layers": net.layers,
+        "num_scalar_features": net.scalar_features,
+        "num_tensor_features": net.tensor_features,
+        "allegro_mlp_hidden_layers_depth": 1,
+        "allegro_mlp_hidden_layers_width": width,
+        "tp_path_channel_coupling": True,
+        "readout_mlp_hidden_layers_depth": 1,
+        "readout_mlp_hidden_layers_width": width,
+        "avg_num_neighbors": "${training_data_stats:num_neighbors_mean}",
+        "per_type_energy_shifts": "${training_data_stats:per_atom_energy_mean}",
+        "per_type_energy_scales": "${training_data_stats:forces_rms}",
+    }
+    if config.wannier:
+        model |= {
+            "_target_": "nnqmd_server.networks.allegro_wannier.AllegroWannier",
+            "carriers": dict(config.wannier.carriers),
+            "ion_charges": dict(config.wannier.ion_charges),
+            "wannier_hidden_width": config.wannier.hidden_width,
+        }
+    return model
+
+
+def _fields(config: TrainingConfig) -> list[tuple[str, Any, float]]:
+    """Name, nequip field and aimed error [eV, Angstrom] of every trained quantity."""
+    aims = config.loss
+    trained: list[tuple[str, Any, float]] = [
+        ("energy", {"_target_": "nequip.data.PerAtomModifier", "field": "total_energy"}, aims.energy * 1e-3),
+        ("forces", "forces", aims.forces * 1e-3),
+        ("stress", "stress", aims.stress * GPA),
+    ]
+    if config.wannier:
+        trained.append(("wannier_centroid", "wannier_centroid", aims.wannier_centroid))
+    return trained
+
+
+def _loss_terms(config: TrainingConfig) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": f"{name}_mse",
+            "field": quantity,
+            "coeff": aim**-2,
+            "metric": {"_target_": "nequip.train.MeanSquaredError"},
+            **({"ignore_nan": True} if name == "wannier_centroid" else {}),
+        }
+        for name, quantity, aim in _fields(config)
+    ]
+
+
+def _validation_metrics(config: TrainingConfig) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": f"{name}_rmse",
+            "field": quantity,
+            "coeff": 1 / aim,
+            "metric": {"_target_": "nequip.train.RootMeanSquaredError"},
+            **({"ignore_nan": True} if name == "wannier_centroid" else {}),
+        }
+        for name, quantity, aim in _fields(config)
+    ]
+
+
+def _build(cls: type, raw: Any, where: str) -> Any:
+    """A dataclass from plain YAML, refusing keys it does not have."""
+    if not isinstance(raw, dict):
+        raise InputError(f"{where} must be a table of keys and values.", "See examples/ammonia/small.yaml.")
+    known = {f.name: f for f in fields(cls)}
+    for key in raw:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            fix = f"Did you mean `{near[0]}`?" if near else f"Keys here are: {', '.join(known)}."
+            raise InputError(f"{where} has an unknown key `{key}`.", fix)
+    for name, f in known.items():
+        if name not in raw and f.default is MISSING and f.default_factory is MISSING:
+            raise InputError(f"{where} lacks the key `{name}`.", "See examples/ammonia/small.yaml.")
+    hints = get_type_hints(cls)
+    return cls(**{key: _convert(hints[key], value, f"{where}: {key}") for key, value in raw.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    options = getattr(hint, "__args__", ()) if type(None) in getattr(hint, "__args__", ()) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    kind = options[0]
+    if is_dataclass(kind):
+        return _build(kind, value, where)
+    try:
+        if kind is float or kind is int:
+            number = kind(value)
+            if isinstance(value, bool) or number != float(value):
+                raise ValueError(value)
+            return number
+        if kind is str and not isinstance(value, str):
+            raise ValueError(value)
+        if getattr(kind, "__origin__", None) is dict:
+            return {_text(k): float(v) for k, v in value.items()}
+        if getattr(kind, "__origin__", None) is tuple and not isinstance(value, str):
+            return tuple(_text(v) for v in value)
+        return kind(value)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{where} cannot be {value!r}.", "Give the kind of value that the example shows."
+        ) from error
+
+
+def _text(value: Any) -> str:
+    # YAML takes a bare No (nobelium) for a truth value: better an error than the element "False"
+    if not isinstance(value, str):
+        raise ValueError(value)
+    return value
+
+
+def _validate(config: TrainingConfig) -> None:
+    def require(true: bool, what: str, fix: str) -> None:
+        if not true:
+            raise InputError(what, fix)
+
+    net, opt, parts = config.network, config.training, config.split
+    require(
+        net.precision in ("float32", "float64"), f"precision is {net.precision!r}.", "Use float32 or float64."
+    )
+    require(net.cutoff > 0, "cutoff must be positive.", "5 Angstrom is usual.")
+    require(
+        min(net.l_max, net.layers, opt.epochs, opt.batch_size) >= 1, "A size is below 1.", "Use 1 or more."
+    )
+    require(opt.rho >= 0, "rho cannot be negative.", "Use 0 for plain training, 0.005 to begin with.")
+    require(opt.learning_rate > 0, "learning_rate must be positive.", "0.005 is usual.")
+    require(0 <= opt.ema_decay < 1, "ema_decay must lie in [0, 1).", "0.99 is usual.")
+    require(
+        0 < parts.validation < 1 and 0 < parts.test < 1 and parts.validation + parts.test < 1,
+        "validation and test are fractions of each run that leave something to train on.",
+        "Use 0.1 and 0.16, for instance.",
+    )
+    require(
+        all(aim > 0 for aim in vars(config.loss).values()),
+        "Errors under `loss` must be positive.",
+        "A larger error gives the quantity a smaller weight.",
+    )
+    if config.wannier:
+        require(
+            set(config.wannier.ion_charges) == set(config.elements),
+            f"ion_charges must name exactly the elements {list(config.elements)}.",
+            "Give the charge of every ion core, such as {N: 5, H: 1}.",
+        )
+        require(
+            set(config.wannier.carriers) <= set(config.elements) and len(config.wannier.carriers) > 0,
+            f"carriers must be some of the elements {list(config.elements)}.",
+            "Give the electrons of every carrier, such as {N: 8}.",
+        )

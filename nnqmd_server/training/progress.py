@@ -1,0 +1,104 @@
+"""One line per epoch: what the trainer writes, and what the progress bar and the learning curve read."""
+
+from __future__ import annotations
+
+import csv
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning
+import torch
+
+COLUMNS = (
+    "epoch",
+    "seconds",
+    "learning_rate",
+    "train_loss",
+    "energy_rmse",
+    "forces_rmse",
+    "stress_rmse",
+    "wannier_centroid_rmse",
+    "score",
+)
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One finished epoch; validation errors in eV/atom, eV/Angstrom, eV/Angstrom^3 and Angstrom.
+
+    ``seconds`` counts from the beginning of the training, interruptions left out.
+    """
+
+    epoch: int
+    seconds: float
+    learning_rate: float
+    train_loss: float
+    energy_rmse: float
+    forces_rmse: float
+    stress_rmse: float
+    wannier_centroid_rmse: float
+    score: float
+
+
+class EpochLog(lightning.Callback):
+    """Appends a line to a CSV file after every epoch.
+
+    Parameters
+    ----------
+    path : str
+        The file; an existing one is continued when the training is.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self._seconds_before = 0.0
+        self._begun = 0.0
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Keep the epochs that the checkpoint includes; begin the clock."""
+        done = [e for e in read_epochs(self.path) if e.epoch < trainer.current_epoch]
+        with self.path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(COLUMNS)
+            writer.writerows([getattr(e, name) for name in COLUMNS] for e in done)
+        self._seconds_before = done[-1].seconds if done else 0.0
+        self._begun = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Write the line of this epoch; stop a training that has diverged."""
+        logged = trainer.callback_metrics
+        # the module logs its own epoch loss only after this hook
+        loss = float(pl_module.loss.compute()["weighted_sum"])
+        if not math.isfinite(loss):
+            raise RuntimeError(
+                f"the loss is {loss} in epoch {trainer.current_epoch}: "
+                "lower learning_rate or rho, or set gradient_clip"
+            )
+
+        def value(key: str) -> float:
+            return float(logged.get(key, torch.tensor(float("nan"))))
+
+        row = [
+            trainer.current_epoch,
+            self._seconds_before + time.monotonic() - self._begun,
+            trainer.optimizers[0].param_groups[0]["lr"],
+            loss,
+            *(
+                value(f"val0_epoch/{name}_rmse")
+                for name in ("energy", "forces", "stress", "wannier_centroid")
+            ),
+            value("val0_epoch/weighted_sum"),
+        ]
+        with self.path.open("a", newline="") as file:
+            csv.writer(file).writerow(row)
+
+
+def read_epochs(path: Path) -> list[Epoch]:
+    """The epochs logged so far; a line still being written is left out."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        rows = [row for row in csv.reader(file) if len(row) == len(COLUMNS)]
+    return [Epoch(int(row[0]), *(float(v) for v in row[1:])) for row in rows[1:]]

@@ -1,0 +1,56 @@
+"""A worker that answers by rule in a thread, so that every failure can be staged."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import zmq
+
+from nnqmd_server.pool.messages import Message, arrays_to_structures, pack, results_to_arrays, unpack
+from nnqmd_server.structures import Results
+
+CARD = {"name": "toy", "sha256": "a" * 64, "properties": [], "elements": ["N", "H"]}
+
+
+def toy(structures):
+    """Energy = sum of x, forces = positions: enough to see any mix-up of order."""
+    energy = np.array([structures.positions[structures.atoms_of(k), 0].sum() for k in range(len(structures))])
+    return Results(energy, structures.positions.copy(), np.zeros((len(structures), 3, 3)))
+
+
+class ToyWorker(threading.Thread):
+    """A worker in a thread; ``spoil`` may change or swallow its answers."""
+
+    def __init__(self, address, pid, spoil=None, card=CARD, delay=0.0):
+        super().__init__(daemon=True)
+        self.address, self.pid, self.spoil, self.card, self.delay = address, pid, spoil, card, delay
+        self.shares, self.refused, self.left = [], None, threading.Event()
+        self.start()
+
+    def run(self):
+        context = zmq.Context()
+        link = context.socket(zmq.DEALER)
+        link.connect(self.address)
+        hello = {"index": self.pid, "pid": self.pid, "card": self.card, "form": "toy"}
+        link.send_multipart(pack(Message("ready", hello)))
+        while not self.left.is_set():
+            if not link.poll(50):
+                continue
+            request = unpack(link.recv_multipart())
+            if request.kind != "evaluate":
+                self.refused = request.fields.get("what")
+                break
+            structures = arrays_to_structures(request.arrays)
+            self.shares.append(len(structures))
+            time.sleep(self.delay)
+            answer = Message(
+                "done",
+                {"share": request.fields["share"], "seconds": 0.01},
+                results_to_arrays(toy(structures)),
+            )
+            answer = self.spoil(answer) if self.spoil else answer
+            if answer is not None:
+                link.send_multipart(pack(answer))
+        context.destroy(linger=0)
