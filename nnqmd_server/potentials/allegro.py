@@ -167,9 +167,7 @@ def load(path: str | Path, device: str = "cpu", compiled: bool = True) -> Allegr
             try:
                 model, _ = load_compiled_model(str(file), device)
             except Exception as error:  # noqa: BLE001 - what AOTInductor raises for a foreign file is not documented
-                form = (
-                    f"eager: {file} cannot be loaded ({error.__class__.__name__}); remove it to compile again"
-                )
+                form = f"eager: {file} cannot be loaded ({error!r:.200}); removing it may help"
             else:
                 return Allegro(model, card, device, form)
     else:

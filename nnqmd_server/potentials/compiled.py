@@ -81,6 +81,8 @@ def compiled_model(path: Path, card: Card, device: str) -> tuple[Path | None, st
             return _compile(path, card, device, target)
     except Timeout:
         return None, f"eager: another process has been compiling {card.name} for {COMPILE_TIMEOUT:.0f} s"
+    except OSError as error:
+        return None, f"eager: the cache folder {folder} cannot be used ({error}); set NNQMD_CACHE to another"
 
 
 def _compile(path: Path, card: Card, device: str, target: Path) -> tuple[Path | None, str]:
@@ -89,10 +91,17 @@ def _compile(path: Path, card: Card, device: str, target: Path) -> tuple[Path | 
     aim = "nnqmd_batch" if "wannier_centroid" in card.properties else "batch"
     command = [sys.executable, "-m", "nequip.scripts.compile", str(path), str(draft)]
     command += ["--mode", "aotinductor", "--device", device, "--target", aim]
+    # The number of threads is compiled in; the workers of a machine share its cores with one each.
+    settings = {**os.environ, "OMP_NUM_THREADS": "1"}
     try:
         with log.open("w") as output:
             subprocess.run(
-                command, stdout=output, stderr=subprocess.STDOUT, timeout=COMPILE_TIMEOUT, check=True
+                command,
+                env=settings,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                timeout=COMPILE_TIMEOUT,
+                check=True,
             )
         draft.replace(target)
     except (OSError, subprocess.SubprocessError) as error:
