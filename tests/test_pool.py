@@ -46,6 +46,20 @@ def toys(tmp_path):
 BEADS = from_ase([crystal(seed=k) for k in range(8)])
 
 
+def dies_when_given_a_share(pool, *workers):
+    """Report each worker as dead once it holds a share, whichever is first."""
+    waiting = list(workers)
+
+    def watch():
+        while waiting:
+            time.sleep(0.01)
+            for worker in [w for w in waiting if w.shares]:
+                waiting.remove(worker)
+                pool.worker_died(worker.pid)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 @pytest.mark.parametrize(
     ("count", "speeds", "expected"),
     [
@@ -107,10 +121,10 @@ def test_two_simulations_do_not_get_each_others_forces(toys):
 
 def test_the_share_of_a_dead_worker_goes_to_another(toys):
     pool, client, add, ready, _ = toys
-    add(1, spoil=lambda answer: None)
+    mute = add(1, spoil=lambda answer: None)
     add(2)
     ready(2)
-    threading.Timer(0.3, pool.worker_died, args=(1,)).start()
+    dies_when_given_a_share(pool, mute)
     results = client.submit(BEADS)
     assert np.array_equal(results.forces, BEADS.positions)
     assert pool.status().lost_workers == 1
@@ -118,11 +132,9 @@ def test_the_share_of_a_dead_worker_goes_to_another(toys):
 
 def test_a_share_that_kills_two_workers_is_not_handed_to_a_third(toys):
     pool, client, add, ready, _ = toys
-    add(1, spoil=lambda answer: None)
-    add(2, spoil=lambda answer: None)
+    mute = [add(pid, spoil=lambda answer: None) for pid in (1, 2)]
     ready(2)
-    threading.Timer(0.3, pool.worker_died, args=(1,)).start()
-    threading.Timer(0.6, pool.worker_died, args=(2,)).start()
+    dies_when_given_a_share(pool, *mute)
     with pytest.raises(PoolError, match="killed two workers"):
         client.submit(BEADS[:1])
     third = add(3)

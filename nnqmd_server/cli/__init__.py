@@ -13,6 +13,7 @@ import typer
 from nnqmd_server import __version__
 from nnqmd_server.cli import model, run, serve, spectrum, train
 from nnqmd_server.cli.terminal import console, show_error
+from nnqmd_server.doors.mpi_job import end_job, has_joined, started_by_mpiexec
 from nnqmd_server.errors import NnqmdError
 
 app = typer.Typer(
@@ -38,8 +39,14 @@ def _options(version: bool = typer.Option(False, "--version", help="Print the ve
 
 def main() -> None:
     """Run the command line; errors that a user can mend are shown in words, without a traceback."""
+    status: str | int | None = 0
     try:
         app()
     except NnqmdError as error:
         show_error(error)
-        sys.exit(1)
+        status = 1
+    except SystemExit as end:
+        status = end.code
+    if status and "--door" in sys.argv and started_by_mpiexec() and not has_joined():
+        end_job()  # i-PI waits for this process
+    sys.exit(status)

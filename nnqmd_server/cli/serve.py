@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from nnqmd_server.cli import serve_mpi
+from nnqmd_server.cli.serve_mpi import PoolOptions
 from nnqmd_server.cli.terminal import console
 
 EXAMPLES = """
@@ -21,6 +23,9 @@ Examples:
 
   nnqmd serve MODEL.nequip.zip --socket unix:nh3 --beads 8 --template init.xyz
       answers an i-PI whose <ffsocket mode='unix'> has <address>nh3</address>
+
+  mpiexec -n 1 i-pi input.xml : -n 1 nnqmd serve MODEL.nequip.zip --door mpi --beads 8 --template init.xyz
+      answers an i-PI with <ffmpi>; one rank on each node is enough
 """
 
 
@@ -34,6 +39,11 @@ def serve(
         str, typer.Option(help="where doors ask; ipc://FOLDER/NAME or tcp://127.0.0.1:PORT")
     ] = "",
     socket: Annotated[str, typer.Option(help="also answer an i-PI socket: unix:NAME or inet:HOST:PORT")] = "",
+    door: Annotated[str, typer.Option(help="mpi: answer the <ffmpi> of an i-PI in the same mpiexec")] = "",
+    name: Annotated[str, typer.Option(help="name of that <ffmpi>, when the input has several")] = "",
+    group: Annotated[
+        int, typer.Option(min=0, help="MPI ranks that answer i-PI together; 0: all of the force field")
+    ] = 0,
     beads: Annotated[int, typer.Option(min=1, max=4096, help="beads of that i-PI")] = 1,
     template: Annotated[Path | None, typer.Option(help="structure file that tells its elements")] = None,
     extras: Annotated[str, typer.Option(help="properties that it gets as extras, for example dipole")] = "",
@@ -46,10 +56,17 @@ def serve(
     from nnqmd_server.pool.client import default_address
     from nnqmd_server.pool.launch import LocalPool
 
-    if socket and template is None:
+    if door not in {"", "mpi"}:
+        raise InputError(f"There is no door {door!r} to choose.", "Use --door mpi, or --socket.")
+    if (socket or door) and template is None:
         raise InputError(
-            "A socket needs the elements: i-PI sends positions only.", "Give --template init.xyz."
+            "This door needs the elements: i-PI sends positions only.", "Give --template init.xyz."
         )
+    if door:
+        options = PoolOptions(model, logs, address, workers, device, eager)
+        if not serve_mpi.answer(options, name, group, template, beads, extras.split(), dipoles):
+            raise typer.Exit(1)
+        return
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())

@@ -179,8 +179,15 @@ class LocalPool:
             settings["CUDA_VISIBLE_DEVICES"] = cards[index % len(cards)]
         self._logs.mkdir(parents=True, exist_ok=True)
         with (self._logs / f"worker-{index}.log").open("w") as output:
+            # A session of their own: mpiexec and terminals signal whole groups, and the last share is to be
+            # finished. The pool stops its workers itself, and they end when it is gone.
             return subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, env=settings, stdin=subprocess.DEVNULL
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=settings,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
             )
 
     def _watch_workers(self) -> None:
