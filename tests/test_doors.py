@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import struct
+import time
 
 import h5py
 import numpy as np
 import pytest
+from ase.calculators.socketio import SocketIOCalculator
 from conftest import INPUT, triclinic
 from ipi.interfaces.sockets import Driver, Status
+from springs import Springs
 
+from nnqmd_server.doors.address import ipi_address, parse_address, stale_socket
 from nnqmd_server.doors.direct import NnqmdPES
 from nnqmd_server.doors.force_sets import ForceSets
-from nnqmd_server.doors.socket import SocketDoor, ipi_address, parse_address, serve_in_thread, stale_socket
+from nnqmd_server.doors.socket import SocketDoor, serve_in_thread
 from nnqmd_server.doors.template import read_numbers
 from nnqmd_server.errors import AddressError, InputError, StructureError
-from nnqmd_server.pool.client import PoolClient
+from nnqmd_server.pool.client import GivenUpError, PoolClient
 from nnqmd_server.structures import from_ase
 from nnqmd_server.units import BOHR, HARTREE
 
@@ -100,7 +105,7 @@ def test_the_socket_door_gives_the_models_forces(pool, beads, expected, template
     listener.settimeout(20)
     record = tmp_path / "d.h5"
     sets = ForceSets(PoolClient(pool.address, 60), read_numbers(template), BEADS, record, ["dipole"])
-    door = SocketDoor(address, sets, BEADS)
+    door = SocketDoor(address, sets, BEADS, batch_size=1)
     thread = serve_in_thread(door)
     drivers = []
     for _ in range(BEADS):
@@ -135,7 +140,7 @@ def test_a_part_of_a_force_set_is_not_kept_waiting(pool, beads, expected, templa
     listener.listen(4)
     listener.settimeout(20)
     sets = ForceSets(PoolClient(pool.address, 60), read_numbers(template), BEADS)
-    door = SocketDoor(ipi_address("unix", str(tmp_path / "ipi")), sets, BEADS)
+    door = SocketDoor(ipi_address("unix", str(tmp_path / "ipi")), sets, BEADS, batch_size=1)
     thread = serve_in_thread(door)
     drivers = []
     for _ in range(BEADS):
@@ -158,6 +163,32 @@ def test_a_part_of_a_force_set_is_not_kept_waiting(pool, beads, expected, templa
     listener.close()
 
 
+@pytest.mark.parametrize("mode", ["unix", "inet"])
+def test_ases_socket_calculator_gets_forces_stress_and_extras(pool, beads, expected, template, mode):
+    """Another server of the classic protocol: it sends every number on its own and asks STATUS each time."""
+    name, port = f"nnqmd-ase-{os.getpid()}", 22000 + os.getpid() % 20000
+    where = {"unixsocket": name} if mode == "unix" else {"port": port}
+    address = ipi_address(mode, name if mode == "unix" else "localhost", port)
+    sets = ForceSets(PoolClient(pool.address, 60), read_numbers(template), None, extras=["dipole"])
+    with SocketIOCalculator(timeout=20, **where) as calculator:
+        thread = serve_in_thread(door := SocketDoor(address, sets))
+        for _ in range(2):  # more than the number of answers after which habits are relied on
+            for k, atoms in enumerate(beads):
+                atoms = atoms.copy()
+                atoms.calc = calculator
+                # ASE has the hartree of CODATA 2014.
+                assert atoms.get_potential_energy() == pytest.approx(expected.energy[k], rel=2e-8)
+                mine = expected.forces.reshape(BEADS, -1, 3)[k]
+                assert atoms.get_forces() == pytest.approx(mine, abs=1e-5)
+                stress = -expected.virial[k] / atoms.get_volume()
+                assert atoms.get_stress(voigt=False) == pytest.approx(stress, abs=1e-7)
+        extras = json.loads(calculator.server.calculate(beads[3])["morebytes"].tobytes())
+        assert np.array(extras["dipole"]) * BOHR == pytest.approx(expected.properties["dipole"][3], abs=1e-5)
+    thread.join(2)
+    assert not thread.is_alive()
+    assert door.failure is None
+
+
 def test_something_that_is_not_ipi_is_named(pool, template):
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
@@ -168,6 +199,33 @@ def test_something_that_is_not_ipi_is_named(pool, template):
     connection, _ = listener.accept()
     connection.sendall(b"HTTP/1.1 400 Bad Request\r\n")
     thread.join(10)
+    assert "does not speak as i-PI does" in str(door.failure)
+    connection.close()
+    listener.close()
+
+
+def test_forces_that_nobody_waits_for_are_given_up(tmp_path, beads):
+    client, began = PoolClient(f"ipc://{tmp_path}/none", 60), time.monotonic()
+    with pytest.raises(GivenUpError):
+        client.submit(from_ase(beads[:1]), given_up=lambda: True)
+    client.close()
+    assert time.monotonic() - began < 1.5
+
+
+def test_a_server_that_asks_for_the_impossible_is_named(tmp_path, template):
+    """Two GETFORCE for one structure: noticed only when the forces are there."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "ipi"))
+    listener.listen(1)
+    sets = ForceSets(Springs(), read_numbers(template), 1)
+    door = SocketDoor(ipi_address("unix", str(tmp_path / "ipi")), sets, 1, 1)
+    thread = serve_in_thread(door)
+    connection, _ = listener.accept()
+    init = b"INIT".ljust(12) + struct.pack("<ii", 0, 0)
+    h = 9 * np.eye(3)
+    body = h.tobytes() + h.tobytes() + struct.pack("<i", 16) + bytes(24 * 16)
+    connection.sendall(init + b"POSDATA".ljust(12) + body + 2 * b"GETFORCE".ljust(12))
+    thread.join(5)
     assert "does not speak as i-PI does" in str(door.failure)
     connection.close()
     listener.close()
@@ -232,14 +290,15 @@ def test_structures_that_cannot_be_evaluated_are_kept_with_bead_and_force_set(
     kept = tmp_path / "quarantine.extxyz"
     sets = ForceSets(PoolClient(pool.address, 60), read_numbers(template), BEADS, quarantine=kept)
     sent = [as_ipi_sends(atoms) for atoms in beads]
-    sets.evaluate([h for h, _ in sent], [q for _, q in sent], [10, 11, 12, 13, 14])
+    ids = [range(k, k + 1) for k in range(10, 15)]
+    sets.evaluate([h for h, _ in sent], [q for _, q in sent], ids)
     broken = sent[3][1].copy()
     broken[3:6] = broken[0:3]
     with pytest.raises(StructureError, match=r"bead 13; kept in .*quarantine.extxyz"):
         sets.evaluate(
             [h for h, _ in sent],
             [q if k != 3 else broken for k, (_, q) in enumerate(sent)],
-            [10, 11, 12, 13, 14],
+            ids,
         )
     sets.close()
     (frame,) = read(kept, ":")

@@ -14,7 +14,7 @@ import pytest
 from conftest import INPUT, MODEL
 
 from nnqmd_server.errors import AddressError, OutputError
-from nnqmd_server.inputs.run import make_folder
+from nnqmd_server.inputs.run import check, make_folder
 from nnqmd_server.pool.launch import LocalPool, private_folder
 
 
@@ -178,7 +178,11 @@ def test_an_ipi_socket_that_is_taken_or_left_behind(source, tmp_path):
     try:
         assert_error(nnqmd(*words, "--out", "a", cwd=tmp_path), f"Another i-PI listens at {path}")
         left.close()
-        assert_error(nnqmd(*words, "--out", "b", cwd=tmp_path), "was left behind", f"rm {path}")
+        assert_error(
+            nnqmd(*words, "--out", "b", cwd=tmp_path), "was left behind", f"rm {path}", "--remove-stale"
+        )
+        check(source, MODEL, remove_stale=True)
+        assert not path.exists()
     finally:
         path.unlink(missing_ok=True)
 

@@ -7,6 +7,7 @@ import re
 import signal
 import threading
 import time
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -41,9 +42,10 @@ EVERY_STEP = {
 }
 
 
-def sockets(mode, address):
+def sockets(mode, address, batch=1):
+    batched = f"<batch_size>{batch}</batch_size>" if batch > 1 else ""
     return EVERY_STEP | {
-        r"<ffdirect.*?</ffdirect>": f"<ffsocket name='allegro' mode='{mode}'>{address}</ffsocket>",
+        r"<ffdirect.*?</ffdirect>": f"<ffsocket name='allegro' mode='{mode}'>{address}{batched}</ffsocket>",
     }
 
 
@@ -73,18 +75,31 @@ def direct(pool, tmp_path_factory):
     return simulate(source, folder / "run", pool, steps=STEPS)
 
 
-@pytest.mark.parametrize("mode", ["unix", "inet"])
-def test_the_same_trajectory_through_the_direct_and_the_socket_door(direct, pool, tmp_path, mode):
+@pytest.mark.parametrize(
+    ("mode", "batch"),
+    [
+        ("unix", 1),
+        pytest.param("inet", 1, marks=pytest.mark.slow),
+        pytest.param("unix", 8, marks=pytest.mark.slow),
+        pytest.param("inet", 8, marks=pytest.mark.slow),
+        ("shm", 8),
+    ],
+)
+def test_the_same_trajectory_through_the_direct_and_the_socket_door(direct, pool, tmp_path, mode, batch):
     name = f"nnqmd-test-{os.getpid()}"
     port = 20000 + os.getpid() % 20000
     address = (
-        f"<address>{name}</address>" if mode == "unix" else f"<address>localhost</address><port>{port}</port>"
+        f"<address>{name}</address>" if mode != "inet" else f"<address>localhost</address><port>{port}</port>"
     )
-    source = variant(tmp_path, "in", sockets(mode, address))
+    source = variant(tmp_path, "in", sockets(mode, address, batch))
     before = pool.status()
     over_socket = simulate(source, tmp_path / "run", pool, steps=STEPS, extras=("dipole",))
     after = pool.status()
-    assert after.structures - before.structures == 8 * (STEPS + 1)  # no bead was computed twice
+    # No bead is computed twice; a batch of beads that all are where the first is, once.
+    asked = after.structures - before.structures
+    assert 8 * STEPS + (8 if batch == 1 else 1) <= asked <= 8 * (STEPS + 1)
+    assert after.force_sets - before.force_sets <= 2 * (STEPS + 1)
+    assert not Path(f"/tmp/ipi_{name}").exists()
     # float32 forces carry a relative error of 1e-7; printed positions have 6 digits.
     for what, tolerance in (("xc", 1e-5), ("vc", 1e-6)):
         mine = numbers(over_socket.folder / f"nh3.{what}.xyz")
@@ -207,6 +222,26 @@ def test_sigterm_stops_a_run_softly(pool, tmp_path):
     with pytest.raises(ProgramError, match="RESTART was written"):
         job.wait(lambda: None)
     assert read_input(tmp_path / "run/RESTART").first_step >= 4
+
+
+def test_a_killed_ipi_is_reported_and_its_socket_is_cleared_away(pool, tmp_path):
+    from nnqmd_server.errors import ProgramError
+
+    name = f"nnqmd-killed-{os.getpid()}"
+    source = variant(tmp_path, "in", sockets("unix", f"<address>{name}</address>"))
+    make_folder(tmp_path / "run", force=False)
+    before = pool.status().force_sets
+    job = Run(source, tmp_path / "run", pool.address)
+    until = time.monotonic() + 60
+    while pool.status().force_sets < before + 5 and time.monotonic() < until:
+        time.sleep(0.05)
+    job._process.kill()
+    began = time.monotonic()
+    with pytest.raises(ProgramError, match="exit status -9"):
+        job.wait(lambda: None, interval=0.05)
+    assert time.monotonic() - began < 2.0
+    assert not job._thread.is_alive()
+    assert not Path(f"/tmp/ipi_{name}").exists()
 
 
 def test_the_input_is_read(tmp_path):

@@ -40,13 +40,16 @@ def run(
         str, typer.Option(help="properties that i-PI gets as extras over a socket, for example dipole")
     ] = "",
     force: Annotated[bool, typer.Option("--force", help="replace a run that is in the folder")] = False,
+    remove_stale: Annotated[
+        bool, typer.Option("--remove-stale", help="remove the socket file of an i-PI that was killed")
+    ] = False,
     eager: Annotated[bool, typer.Option("--eager", help="do not compile the model")] = False,
 ) -> None:
     """Start a pool, run an i-PI input with it, stop both, and say where everything is."""
     from nnqmd_server.inputs.run import Run, check, make_folder
     from nnqmd_server.pool.launch import LocalPool
 
-    plan = check(source, model)
+    plan = check(source, model, remove_stale)
     folder = out or Path("runs") / (source.resolve().parent.name if source.stem == "input" else source.stem)
     make_folder(folder, force)
     with LocalPool(model, folder / "logs", workers=workers, device=device, eager=eager) as pool:

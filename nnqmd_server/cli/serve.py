@@ -21,8 +21,11 @@ Examples:
 
   nnqmd serve MODEL.nequip.zip --workers 4 --address tcp://127.0.0.1:5555
 
-  nnqmd serve MODEL.nequip.zip --socket unix:nh3 --beads 8 --template init.xyz
-      answers an i-PI whose <ffsocket mode='unix'> has <address>nh3</address>
+  nnqmd serve MODEL.nequip.zip --socket unix:nh3 --template init.xyz
+      answers an i-PI whose <ffsocket mode='unix'> has <address>nh3</address>, in batches or not;
+      shm:nh3 for mode='shm', inet:localhost:31415 for mode='inet'
+
+  nnqmd serve MODEL.nequip.zip --socket unix:nh3 --template init.xyz --beads 8 --dipoles dipoles.h5
 
   mpiexec -n 1 i-pi input.xml : -n 1 nnqmd serve MODEL.nequip.zip --door mpi --beads 8 --template init.xyz
       answers an i-PI with <ffmpi>; one rank on each node is enough
@@ -38,13 +41,18 @@ def serve(
     address: Annotated[
         str, typer.Option(help="where doors ask; ipc://FOLDER/NAME or tcp://127.0.0.1:PORT")
     ] = "",
-    socket: Annotated[str, typer.Option(help="also answer an i-PI socket: unix:NAME or inet:HOST:PORT")] = "",
+    socket: Annotated[
+        str, typer.Option(help="also answer an i-PI socket: unix:NAME, shm:NAME or inet:HOST:PORT")
+    ] = "",
     door: Annotated[str, typer.Option(help="mpi: answer the <ffmpi> of an i-PI in the same mpiexec")] = "",
     name: Annotated[str, typer.Option(help="name of that <ffmpi>, when the input has several")] = "",
     group: Annotated[
         int, typer.Option(min=0, help="MPI ranks that answer i-PI together; 0: all of the force field")
     ] = 0,
-    beads: Annotated[int, typer.Option(min=1, max=4096, help="beads of that i-PI")] = 1,
+    beads: Annotated[
+        int | None,
+        typer.Option(min=1, max=4096, help="beads of that i-PI; learned unless given, needed by --dipoles"),
+    ] = None,
     template: Annotated[Path | None, typer.Option(help="structure file that tells its elements")] = None,
     extras: Annotated[str, typer.Option(help="properties that it gets as extras, for example dipole")] = "",
     dipoles: Annotated[Path | None, typer.Option(help="HDF5 file for its dipoles, bead by bead")] = None,
@@ -90,14 +98,15 @@ def serve(
 def _answer_socket(
     pool: str,
     socket: str,
-    beads: int,
+    beads: int | None,
     template: Path,
     extras: str,
     dipoles: Path | None,
     stop: threading.Event,
 ) -> None:
+    from nnqmd_server.doors.address import parse_address
     from nnqmd_server.doors.force_sets import ForceSets
-    from nnqmd_server.doors.socket import SocketDoor, parse_address, serve_in_thread
+    from nnqmd_server.doors.socket import SocketDoor, serve_in_thread
     from nnqmd_server.doors.template import read_numbers
     from nnqmd_server.pool.client import PoolClient
 
@@ -105,7 +114,7 @@ def _answer_socket(
     sets = ForceSets(PoolClient(pool), read_numbers(template), beads, dipoles, extras.split())
     door = SocketDoor(where, sets, beads, patience=86400.0)
     thread = serve_in_thread(door)
-    console.print(f"waiting for i-PI at [bold]{where}[/] with {beads} beads")
+    console.print(f"waiting for i-PI at [bold]{where}[/]")
     while thread.is_alive() and not stop.is_set():
         thread.join(0.2)
     door.stop()

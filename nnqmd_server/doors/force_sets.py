@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from nnqmd_server.doors.bead_order import BeadOrder
 from nnqmd_server.doors.record import DipoleRecord
 from nnqmd_server.errors import InputError, StructureError
 from nnqmd_server.pool.client import PoolClient
 from nnqmd_server.structures import Array, Results, Structures, replicas
 from nnqmd_server.units import BOHR, HARTREE
+
+log = logging.getLogger("nnqmd.door")
 
 EXTRAS = ("dipole",)
 
@@ -68,8 +72,8 @@ class ForceSets:
         The connection to the pool.
     numbers : Array
         Atomic numbers of the system.
-    n_beads : int
-        Beads in a force set.
+    n_beads : int, optional
+        Beads in a force set; needed for the record.
     record : Path, optional
         The HDF5 file for the dipoles.
     extras : sequence of str
@@ -82,7 +86,7 @@ class ForceSets:
         self,
         client: PoolClient,
         numbers: Array,
-        n_beads: int,
+        n_beads: int | None,
         record: Path | None = None,
         extras: Sequence[str] = (),
         quarantine: Path = Path("quarantine.extxyz"),
@@ -99,13 +103,24 @@ class ForceSets:
                 f"Ask for some of: {', '.join(EXTRAS)}; the model must have a Wannier read-out.",
             )
         has_dipole = "dipole" in card["properties"]
+        if record and has_dipole and n_beads is None:
+            raise InputError("A record of dipoles needs the number of beads.", "Give --beads.")
         self._record = DipoleRecord(record, n_beads, card["sha256"]) if record and has_dipole else None
         self._asked = 0
         self._quarantine = quarantine
-        self._part: dict[int, tuple[Array, Array, Array]] = {}
+        self._order: BeadOrder[tuple[Array, Array, Array]] = BeadOrder(n_beads or 1)
+
+    @property
+    def needs_beads(self) -> bool:
+        """Whether it matters which bead is which: answers go to whoever asked, a record has an order."""
+        return self._record is not None
 
     def evaluate(
-        self, h: Sequence[Array], positions: Sequence[Array], beads: Sequence[int] | None = None
+        self,
+        h: Sequence[Array],
+        positions: Sequence[Array],
+        beads: Sequence[range] | None = None,
+        given_up: Callable[[], bool] | None = None,
     ) -> list[tuple[float, Array, Array, str]]:
         """Answers for the beads of a force set, or for a part of one, in the order given.
 
@@ -113,11 +128,16 @@ class ForceSets:
         ----------
         h, positions : sequence of Array
             As for :func:`to_structures`.
-        beads : sequence of int, optional
-            i-PI's number of each replica; needed when a force set may come in parts.
+        beads : sequence of range, optional
+            i-PI's number of each replica, as for :class:`BeadOrder`; needed when a force set may come
+            in parts.
+        given_up : callable, optional
+            Asked every second whether nobody waits for the answer any more.
 
         Raises
         ------
+        GivenUpError
+            Nobody waits any more.
         PoolError
             The pool could not answer.
         StructureError
@@ -126,9 +146,10 @@ class ForceSets:
             The dipoles could not be written.
         """
         structures = to_structures(self._numbers, h, positions)
-        beads = range(len(structures)) if beads is None else beads
+        if beads is None:
+            beads = [range(k, k + 1) for k in range(len(structures))]
         try:
-            results = self._client.submit(structures)
+            results = self._client.submit(structures, given_up)
         except StructureError as error:
             raise self._set_aside(structures, beads, error) from error
         self._asked += len(structures)
@@ -137,7 +158,7 @@ class ForceSets:
         return from_results(results, self._extras)
 
     def _set_aside(
-        self, structures: Structures, beads: Sequence[int], error: StructureError
+        self, structures: Structures, beads: Sequence[range], error: StructureError
     ) -> StructureError:
         from ase import Atoms
         from ase.io import write
@@ -148,8 +169,9 @@ class ForceSets:
             frame = Atoms(structures.numbers[atoms], structures.positions[atoms])
             frame.set_cell(structures.cells[k])
             frame.pbc = True
-            force_set = self._asked // self._n_beads
-            frame.info = {"bead": int(beads[k]), "force_set": force_set, "reason": error.what}
+            frame.info = {"bead": beads[k].start, "reason": error.what}
+            if self._n_beads:
+                frame.info["force_set"] = self._asked // self._n_beads
             frames.append(frame)
         where = "bead " + ", ".join(str(frame.info["bead"]) for frame in frames)
         kept = f"kept in {self._quarantine}"
@@ -159,21 +181,29 @@ class ForceSets:
             kept = f"not kept: {trouble}"
         return StructureError(f"{error.what.rstrip('.')} ({where}; {kept}).", error.fix, error.suspects)
 
-    def _keep(self, structures: Structures, results: Results, beads: Sequence[int]) -> None:
-        # Sockets may bring a force set in parts; a row is written when all its beads are there.
-        for k, bead in enumerate(beads):
-            self._part[bead] = (results.properties["dipole"][k], results.energy[k], structures.cells[k])
-        if len(self._part) == self._n_beads:
-            dipole, energy, cell = zip(*(self._part[bead] for bead in sorted(self._part)), strict=True)
-            self._record.append(np.array(dipole), np.array(energy), cell[0])
-            self._part.clear()
+    def _keep(self, structures: Structures, results: Results, beads: Sequence[range]) -> None:
+        values = list(zip(results.properties["dipole"], results.energy, structures.cells, strict=True))
+        self._write(self._order.add(beads, values))
+
+    def _write(self, rows: Iterable[Sequence[tuple[Array, Array, Array]] | None]) -> None:
+        for row in rows:
+            if row is None:
+                if not self._record.skipped:
+                    log.warning("not every bead of a force set was asked of us: its dipoles are left out")
+                self._record.skip()
+            else:
+                dipole, energy, cell = zip(*row, strict=True)
+                self._record.append(np.array(dipole), np.array(energy), cell[0])
 
     def finish_record(self) -> None:
         """Write the rest of the dipoles; may be called from another thread, and twice."""
         if self._record:
+            self._write(row for row in self._order.end() if row is not None)
             self._record.close()
 
     def close(self) -> None:
-        """Write the rest of the dipoles and hang up."""
-        self.finish_record()
-        self._client.close()
+        """Write the rest of the dipoles and hang up; may be called twice."""
+        try:
+            self.finish_record()
+        finally:
+            self._client.close()

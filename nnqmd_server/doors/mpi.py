@@ -195,14 +195,15 @@ class MpiDoor:
     def _answer(self, h: Array, positions: Array) -> None:
         if self._sets is None:
             self._sets = self._begin()
-        beads = [(self._answered + k) % self._n_beads for k in range(len(h))]
-        numbers, extras = write_results(self._sets.evaluate(h, positions, beads))
+        numbers = [(self._answered + k) % self._n_beads for k in range(len(h))]
+        beads = [range(bead, bead + 1) for bead in numbers]
+        results, extras = write_results(self._sets.evaluate(h, positions, beads))
         self._answered += len(h)
 
         def given_up() -> bool:
             return self._job.heard(IPI, Tag.EXIT) is not None
 
-        if self._job.send(numbers, IPI, Tag.RESULT, given_up):
+        if self._job.send(results, IPI, Tag.RESULT, given_up):
             self._job.send(extras, IPI, Tag.EXTRA, given_up)
 
     def _fail(self, error: NnqmdError) -> None:

@@ -6,6 +6,7 @@ What goes between them are the messages that doors and pools exchange anyway, ea
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -96,7 +97,7 @@ class NodePools:
                 )
         return card
 
-    def submit(self, structures: Structures) -> Results:
+    def submit(self, structures: Structures, given_up: Callable[[], bool] | None = None) -> Results:
         """Evaluate a force set, or a part of one, on all nodes; see :meth:`PoolClient.submit`."""
         counts = cut(len(structures), self._speeds)
         ends = np.cumsum(counts).tolist()
@@ -108,7 +109,7 @@ class NodePools:
         results = []
         if counts[0]:
             began = time.monotonic()
-            results.append(self._own.submit(parts[0]))
+            results.append(self._own.submit(parts[0], given_up))
             self._measure(0, counts[0], time.monotonic() - began)
         for k, rank in asked:
             answer = self._answer_of(rank, PATIENCE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import shutil
 import threading
@@ -24,8 +25,9 @@ _MARGIN = 1 << 17  # bytes for HDF5's own tables
 class DipoleRecord:
     """Appends one row per force set; written to disk every few seconds.
 
-    Datasets: ``force_set`` (n,), ``dipole`` (n, n_beads, 3) [e Angstrom], ``energy`` (n, n_beads) [eV],
-    ``cell`` (n, 3, 3) [Angstrom], vectors as rows.
+    Datasets: ``force_set`` (n,), its number, with a gap where one was skipped, ``dipole``
+    (n, n_beads, 3) [e Angstrom], ``energy`` (n, n_beads) [eV], ``cell`` (n, 3, 3) [Angstrom], vectors as
+    rows.
 
     Parameters
     ----------
@@ -39,16 +41,16 @@ class DipoleRecord:
 
     def __init__(self, path: Path, n_beads: int, model: str) -> None:
         self.path = path
-        self._waiting: list[tuple[Array, Array, Array]] = []
+        self._waiting: list[tuple[Array, Array, Array, int]] = []
         self._count = 0
         self._lock = threading.Lock()
+        self._force_set = 0
+        self.skipped = 0
         self._written = time.monotonic()
         try:
             self._file = h5py.File(path, "w")
         except OSError as error:
-            raise OutputError(
-                f"Cannot write {path}: {error}.", "Choose a folder that is writable."
-            ) from error
+            raise self._cannot_write(error) from error
         self._file.attrs.update({"format": FORMAT, "model_sha256": model, "n_beads": n_beads})
         shapes = {"force_set": (), "dipole": (n_beads, 3), "energy": (n_beads,), "cell": (3, 3)}
         units = {"force_set": "", "dipole": "e Angstrom", "energy": "eV", "cell": "Angstrom"}
@@ -68,9 +70,16 @@ class DipoleRecord:
             The disk is full or has gone away.
         """
         with self._lock:
-            self._waiting.append((dipole, energy, cell))
+            self._waiting.append((dipole, energy, cell, self._force_set))
+            self._force_set += 1
             if len(self._waiting) >= _FLUSH_SETS or time.monotonic() - self._written > _FLUSH_SECONDS:
                 self._flush()
+
+    def skip(self) -> None:
+        """Leave out a force set that is not complete."""
+        with self._lock:
+            self.skipped += 1
+            self._force_set += 1
 
     def _flush(self) -> None:
         self._written = time.monotonic()
@@ -78,18 +87,23 @@ class DipoleRecord:
             return
         self._need_room()
         first, last = self._count, self._count + len(self._waiting)
-        columns = dict(
-            zip(("dipole", "energy", "cell"), map(np.array, zip(*self._waiting, strict=True)), strict=True)
-        )
-        columns["force_set"] = np.arange(first, last)
+        names = ("dipole", "energy", "cell", "force_set")
+        columns = dict(zip(names, map(np.array, zip(*self._waiting, strict=True)), strict=True))
         try:
             for name, rows in columns.items():
                 self._file[name].resize(last, axis=0)
                 self._file[name][first:last] = rows
             self._file.flush()
         except (OSError, RuntimeError) as error:
-            raise self._unwritable(error) from error
+            raise self._cannot_write(error) from error
         self._count, self._waiting = last, []
+
+    def _cannot_write(self, error: OSError | RuntimeError) -> OutputError:
+        # HDF5 does not always set errno.
+        full = getattr(error, "errno", 0) == errno.ENOSPC or "No space left" in str(error)
+        fix = "Make room on the disk." if full else "Choose a folder that is writable."
+        reason = str(error).splitlines()[0]  # HDF5 goes on for lines about addresses in memory
+        return OutputError(f"Cannot write {self.path}: {reason}.", fix)
 
     def close(self) -> None:
         """Write what is waiting and close the file; may be called twice, and from another thread.
@@ -121,7 +135,4 @@ class DipoleRecord:
         try:
             self._file.close()
         except (OSError, RuntimeError) as error:  # h5py raises either for a disk that is full
-            raise self._unwritable(error) from error
-
-    def _unwritable(self, error: Exception) -> OutputError:
-        return OutputError(f"Cannot write {self.path}: {error}.", "Make room on the disk.")
+            raise self._cannot_write(error) from error

@@ -1,8 +1,8 @@
-"""The socket door: i-PI's classic protocol over unix or inet, one connection per bead, one batch per step.
+"""The socket door: i-PI's protocol over unix, inet and shared memory, one batch per force set.
 
-i-PI listens and we connect, once per bead. i-PI greets each new client before it accepts the next, and
-its queue of unaccepted connections is short, so connections are made one by one while those that stand
-are already being answered.
+i-PI listens and we connect: once per bead in the classic protocol, once per batch in the batched one.
+i-PI greets each new client before it accepts the next, and its queue of unaccepted connections is short,
+so connections are made without blocking while those that stand are already being answered.
 """
 
 from __future__ import annotations
@@ -10,55 +10,61 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import select
 import selectors
 import socket
 import threading
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
+import numpy as np
+
+from nnqmd_server.doors.address import (
+    Address,
+    free_socket,
+    ipi_address,
+    parse_address,
+    stale_socket,
+)
 from nnqmd_server.doors.force_sets import ForceSets
-from nnqmd_server.doors.wire import Conversation, Exit, Positions, ProtocolError
+from nnqmd_server.doors.gather import Gather
+from nnqmd_server.doors.segments import Segments
+from nnqmd_server.doors.wire import Conversation, Exit, InSegments, Positions, ProtocolError
 from nnqmd_server.errors import AddressError, NnqmdError, ProgramError
+from nnqmd_server.pool.client import GivenUpError
+from nnqmd_server.structures import Array
+
+__all__ = [
+    "Address",
+    "SocketDoor",
+    "free_socket",
+    "ipi_address",
+    "parse_address",
+    "serve_in_thread",
+    "stale_socket",
+]
 
 log = logging.getLogger("nnqmd.door")
 
-GATHER = 0.003
-"""How long a force set that has stopped growing waits for the rest of it [s]: i-PI from 3.2 on sends what
-is queued and then nothing until that is answered, so a longer wait would be for nothing."""
+MOST_LINES = 500
+"""Connections at most: i-PI watches its clients with select(), which knows 1024 files."""
 
-_NOT_YET = {errno.EAGAIN, errno.ECONNREFUSED, errno.ENOENT, errno.EINPROGRESS}
+_WRITE_TIMEOUT = 30.0
+_RETRY = (0.001, 0.1)  # shortest and longest pause between attempts to connect [s]
+_LATER = {errno.EAGAIN, errno.ECONNREFUSED, errno.ENOENT, errno.EINPROGRESS, errno.ETIMEDOUT}
 
 
 @dataclass(frozen=True)
-class Address:
-    """Where i-PI listens: a unix socket path, or host and port."""
+class _Asked:
+    """Structures of one request; the copies of the last one that pad a batch are left out."""
 
-    mode: str
-    path: str = ""
-    host: str = ""
-    port: int = 0
+    h: Array
+    positions: Array
+    beads: list[range]
+    padded: int
 
-    def __str__(self) -> str:
-        return f"unix:{self.path}" if self.mode == "unix" else f"inet:{self.host}:{self.port}"
-
-
-def ipi_address(mode: str, address: str, port: int = 0) -> Address:
-    """The address that an ``<ffsocket>`` names; unix sockets live at ``/tmp/ipi_ADDRESS``."""
-    if mode == "unix":
-        return Address("unix", path=address if address.startswith("/") else f"/tmp/ipi_{address}")
-    return Address("inet", host=address, port=port)
-
-
-def parse_address(text: str) -> Address:
-    """``unix:NAME`` or ``inet:HOST:PORT`` as given on the command line."""
-    mode, _, rest = text.partition(":")
-    if mode == "unix" and rest:
-        return ipi_address("unix", rest)
-    host, _, port = rest.rpartition(":")
-    if mode == "inet" and host and port.isdigit():
-        return ipi_address("inet", host, int(port))
-    raise AddressError(f"{text!r} is not the address of an i-PI socket.", "Use unix:NAME or inet:HOST:PORT.")
+    def __len__(self) -> int:
+        return len(self.positions)
 
 
 @dataclass(eq=False)
@@ -66,9 +72,15 @@ class _Line:
     """One connection to i-PI."""
 
     socket: socket.socket
-    talk: Conversation = field(default_factory=Conversation)
-    asked: Positions | None = None
+    talk: Conversation
+    asked: _Asked | None = None
+    segments: Segments | None = None
     done: bool = False
+
+    def close(self) -> None:
+        self.socket.close()
+        if self.segments:
+            self.segments.close()
 
 
 class SocketDoor:
@@ -80,21 +92,37 @@ class SocketDoor:
         Where i-PI listens.
     sets : ForceSets
         Evaluates what is asked.
-    n_beads : int
-        Connections to open.
+    n_beads : int, optional
+        Beads of a force set; learned from the first one unless given.
+    batch_size : int, optional
+        Structures that i-PI sends at a time; learned from the first request unless given.
     patience : float
         Longest wait for i-PI to begin to listen [s].
     """
 
-    def __init__(self, address: Address, sets: ForceSets, n_beads: int, patience: float = 120.0) -> None:
+    def __init__(
+        self,
+        address: Address,
+        sets: ForceSets,
+        n_beads: int | None = None,
+        batch_size: int | None = None,
+        patience: float = 120.0,
+    ) -> None:
         self._address = address
         self._sets = sets
         self._n_beads = n_beads
+        self._batch_size = batch_size
         self._patience = patience
         self._selector = selectors.DefaultSelector()
+        self._hangups = select.poll()
+        self._scratch = memoryview(bytearray(1 << 18))
         self._lines: list[_Line] = []
+        self._connecting: socket.socket | None = None
+        self._next_attempt = 0.0
+        self._pause = _RETRY[0]
         self._opened = 0
-        self._arrived = 0.0
+        self._beads_seen: set[int] = set()
+        self._gather = Gather(n_beads or 1)
         self._stop = threading.Event()
         self.failure: NnqmdError | None = None
 
@@ -106,11 +134,20 @@ class SocketDoor:
         """Serve until i-PI is done, has gone, or ``stop`` was called; a failure is kept in ``failure``."""
         try:
             self._serve()
+        except GivenUpError:
+            log.info("i-PI has gone while forces were computed for it")
+        except ProtocolError as error:
+            self.failure = ProgramError(
+                f"What listens at {self._address} does not speak as i-PI does: {error}.",
+                "Check that an <ffsocket> has this address, and that its mode is right.",
+            )
         except NnqmdError as error:
             self.failure = error
         finally:
+            if self._connecting:
+                self._connecting.close()
             for line in self._lines:
-                line.socket.close()
+                line.close()
             self._selector.close()
             try:
                 self._sets.close()
@@ -120,97 +157,223 @@ class SocketDoor:
     def _serve(self) -> None:
         deadline = time.monotonic() + self._patience
         while not self._stop.is_set():
-            if self._opened < self._n_beads:
-                self._open_one(deadline)
-            elif not self._lines:
+            opening = self._open_lines(deadline)
+            if self._opened and not self._lines:
                 return
+            self._read(self._timeout(opening))
             waiting = [line for line in self._lines if line.asked is not None]
-            self._read(GATHER / 2 if waiting or self._opened < self._n_beads else 0.2)
-            waiting = [line for line in self._lines if line.asked is not None]
-            complete = len(waiting) == self._n_beads
-            if complete or (waiting and time.monotonic() - self._arrived > GATHER):
+            all_ask = len(waiting) == len(self._lines) and not opening
+            if waiting and (all_ask or self._time_left() <= 0):
                 self._answer(waiting)
 
-    def _open_one(self, deadline: float) -> None:
-        unix = self._address.mode == "unix"
-        new = socket.socket(socket.AF_UNIX if unix else socket.AF_INET, socket.SOCK_STREAM)
-        new.setblocking(not unix)
-        try:
-            if unix:
-                new.connect(self._address.path)
-            else:
-                new.settimeout(1.0)
-                new.connect((self._address.host, self._address.port))
-                new.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                new.setblocking(False)
-        except OSError as error:
+    def _timeout(self, opening: bool) -> float:
+        """How long nothing need be done unless something arrives [s]."""
+        timeout = 0.2
+        if opening:
+            timeout = max(0.0, self._next_attempt - time.monotonic())
+        if any(line.asked is not None for line in self._lines):
+            timeout = min(timeout, max(0.0, self._time_left()))
+        return timeout
+
+    def _time_left(self) -> float:
+        expecting = any(line.asked is None and line.talk.expecting for line in self._lines)
+        return self._gather.remaining(time.monotonic(), expecting)
+
+    # -- connections -----------------------------------------------------------------------------------
+
+    def _wanted(self) -> int:
+        """How many connections serve all beads at once, as far as is known."""
+        if self._batch_size is None:
+            return 1
+        return min(-(-(self._n_beads or 1) // self._batch_size), MOST_LINES)
+
+    def _open_lines(self, deadline: float) -> bool:
+        """Connect as far as that goes without waiting; whether more connections are wanted."""
+        while self._opened < self._wanted():
+            if self._connecting is None and time.monotonic() < self._next_attempt:
+                return True
+            error = self._connect()
+            if error == 0:
+                self._pause = _RETRY[0]
+                continue
+            if self._connecting is None:
+                self._check_patience(error, deadline)
+                self._pause = min(2 * self._pause, _RETRY[1])
+            self._next_attempt = time.monotonic() + self._pause
+            return True
+        return False
+
+    def _connect(self) -> int:
+        """Begin or end an attempt to connect; 0, or why it is not done."""
+        unix = self._address.mode != "inet"
+        if self._connecting is None:
+            family = socket.AF_UNIX if unix else socket.AF_INET
+            target = self._address.path if unix else (self._address.host, self._address.port)
+            try:
+                self._connecting = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+                error = self._connecting.connect_ex(target)
+            except OSError as problem:  # a host that is not known, a name too long, too many open files
+                raise AddressError(
+                    f"Cannot connect to i-PI at {self._address}: {problem}.",
+                    "Check the address, and `ulimit -n` when there are many beads.",
+                ) from problem
+        else:
+            ready = select.poll()
+            ready.register(self._connecting, select.POLLOUT)
+            if not ready.poll(0):
+                return errno.EINPROGRESS
+            error = self._connecting.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error == errno.EINPROGRESS:
+            return error
+        new, self._connecting = self._connecting, None
+        if error:
             new.close()
-            if self._opened and not self._lines:
-                self._opened = self._n_beads  # i-PI has left already
-            elif error.errno not in _NOT_YET and not isinstance(error, TimeoutError):
-                raise AddressError(
-                    f"Cannot connect to i-PI at {self._address}: {error}.", "Check the address."
-                ) from error
-            elif not self._opened and time.monotonic() > deadline:
-                raise AddressError(
-                    f"Nobody has listened at {self._address} for {self._patience:.0f} s.",
-                    "Start i-PI, or check that its <ffsocket> has this address.",
-                ) from error
-            elif not self._lines:
-                time.sleep(0.05)
-            return
+            return error
+        self._begin(new)
+        return 0
+
+    def _begin(self, new: socket.socket) -> None:
+        if self._address.mode == "inet":
+            new.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        line = _Line(new, Conversation(self._asks_bead(), segments=self._address.mode == "shm"))
         self._opened += 1
-        line = _Line(new)
         self._lines.append(line)
         self._selector.register(new, selectors.EVENT_READ, line)
+        self._hangups.register(new, select.POLLRDHUP | select.POLLHUP)
+
+    def _check_patience(self, error: int, deadline: float) -> None:
+        if self._opened:
+            return
+        if error not in _LATER:
+            raise AddressError(
+                f"Cannot connect to i-PI at {self._address}: {errno.errorcode.get(error, error)}.",
+                "Check the address.",
+            )
+        if time.monotonic() > deadline:
+            raise AddressError(
+                f"Nobody has listened at {self._address} for {self._patience:.0f} s.",
+                "Start i-PI, or check that its <ffsocket> has this address.",
+            )
+
+    def _asks_bead(self) -> bool:
+        # In batches it costs next to nothing, and the beads of a first force set may all be the same.
+        return self._sets.needs_beads or self._n_beads is None or self._batch_size != 1
+
+    # -- what i-PI says --------------------------------------------------------------------------------
 
     def _read(self, timeout: float) -> None:
         for key, _ in self._selector.select(timeout):
             line: _Line = key.data
             try:
-                data = line.socket.recv(1 << 20)
+                size = line.socket.recv_into(self._scratch)
             except BlockingIOError:
                 continue
             except OSError:
-                data = b""
-            try:
-                events = line.talk.receive(data)
-            except ProtocolError as error:
-                raise ProgramError(
-                    f"What listens at {self._address} does not speak as i-PI does: {error}.", ""
-                ) from error
-            for event in events:
-                if isinstance(event, Exit):
-                    line.done = True
-                else:
-                    line.asked = event
-                    self._arrived = time.monotonic()
+                size = 0
+            events = line.talk.receive(self._scratch[:size])
+            if size == 0 or Exit() in events:
+                line.done, line.asked = True, None
+            for event in () if line.done else events:
+                self._take(line, event)
             self._write(line)
-            if not data or line.done:
-                self._selector.unregister(line.socket)
-                line.socket.close()
-                self._lines.remove(line)
+            if line.done:
+                self._end(line)
+
+    def _take(self, line: _Line, event: Positions | InSegments) -> None:
+        if isinstance(event, InSegments):
+            if line.segments is None or line.segments.shape != (event.n_structures, event.n_atoms):
+                if line.segments:
+                    line.segments.close()
+                line.segments = Segments(event)
+            line.asked = _without_padding(event.bead, *line.segments.read())
+        else:
+            line.asked = _without_padding(event.bead, event.h, event.positions)
+        self._learn(line)
+        self._gather.arrived(time.monotonic(), len(line.asked))
+
+    def _learn(self, line: _Line) -> None:
+        """Beads and batch size, where they were not given."""
+        if self._batch_size is None:
+            self._batch_size = line.talk.batch_size
+        if self._n_beads is None or self._beads_seen:
+            numbers = {beads.start for beads in line.asked.beads}
+            if numbers & self._beads_seen and len(self._beads_seen) > (self._n_beads or 0):
+                self._n_beads = len(self._beads_seen)
+                self._gather.whole = self._n_beads
+                log.info("i-PI has %d beads", self._n_beads)
+                for other in self._lines:
+                    other.talk.asks_bead = self._asks_bead()
+            self._beads_seen |= numbers
+
+    def _end(self, line: _Line) -> None:
+        self._selector.unregister(line.socket)
+        self._hangups.unregister(line.socket)
+        self._lines.remove(line)
+        line.close()
+
+    # -- what we say -----------------------------------------------------------------------------------
 
     def _write(self, line: _Line) -> None:
         if not line.talk.outgoing:
             return
-        data, line.talk.outgoing = bytes(line.talk.outgoing), bytearray()
-        line.socket.settimeout(30.0)
-        # A peer that has closed shows up as an empty read next.
-        with contextlib.suppress(OSError):
-            line.socket.sendall(data)
-        line.socket.setblocking(False)
+        data, line.talk.outgoing = line.talk.outgoing, bytearray()
+        try:
+            try:
+                sent = line.socket.send(data)
+            except BlockingIOError:
+                sent = 0
+            if sent < len(data):
+                line.socket.settimeout(_WRITE_TIMEOUT)
+                line.socket.sendall(memoryview(data)[sent:])
+                line.socket.setblocking(False)
+        except OSError:  # it has closed, or reads no more: the end of the line is read next
+            line.socket.setblocking(False)
+            with contextlib.suppress(OSError):
+                line.socket.shutdown(socket.SHUT_RDWR)
 
     def _answer(self, lines: list[_Line]) -> None:
-        lines.sort(key=lambda line: line.asked.bead)
+        lines.sort(key=lambda line: line.asked.beads[0].start)
         asked = [line.asked for line in lines]
+        self._gather.taken()
         answers = self._sets.evaluate(
-            [a.h for a in asked], [a.positions for a in asked], [a.bead for a in asked]
+            [h for one in asked for h in one.h],
+            [positions for one in asked for positions in one.positions],
+            [beads for one in asked for beads in one.beads],
+            self._abandoned,
         )
-        for line, answer in zip(lines, answers, strict=True):
+        for line in lines:
             line.asked = None
-            line.talk.give_forces(*answer)
+        self._read(0.0)  # what has come meanwhile came unasked: the wait was too short
+        self._gather.answered()
+        first = 0
+        for line, one in zip(lines, asked, strict=True):
+            mine = answers[first : first + len(one)]
+            first += len(one)
+            if line.done:
+                continue
+            mine += mine[-1:] * one.padded
+            if line.segments:
+                line.segments.write(mine)
+            line.talk.give_forces(mine)
             self._write(line)
+
+    def _abandoned(self) -> bool:
+        """Whether every connection has been hung up, or the door is to close."""
+        return self._stop.is_set() or len(self._hangups.poll(0)) == len(self._lines)
+
+
+def _without_padding(bead: int, h: Array, positions: Array) -> _Asked:
+    """i-PI fills a batch up with copies of its last structure; one of them is enough."""
+    count = whole = len(positions)
+    while (
+        count > 1
+        and np.array_equal(positions[count - 2], positions[-1])
+        and np.array_equal(h[count - 2], h[-1])
+    ):
+        count -= 1
+    beads = [range(bead + k, bead + k + 1) for k in range(count)]
+    beads[-1] = range(bead + count - 1, bead + whole)
+    return _Asked(h[:count], positions[:count], beads, whole - count)
 
 
 def serve_in_thread(door: SocketDoor, name: str = "nnqmd-door") -> threading.Thread:
@@ -218,18 +381,3 @@ def serve_in_thread(door: SocketDoor, name: str = "nnqmd-door") -> threading.Thr
     thread = threading.Thread(target=door.run, name=name, daemon=True)
     thread.start()
     return thread
-
-
-def stale_socket(path: Path) -> bool:
-    """Whether a unix socket file exists on which nobody listens (left behind by a killed i-PI)."""
-    if not path.is_socket():
-        return False
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1.0)
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            return True
-        except OSError:
-            return False
-    return False

@@ -16,9 +16,10 @@ from pathlib import Path
 
 from ase.data import chemical_symbols
 
+from nnqmd_server.doors.address import free_socket, ipi_address, stale_socket
 from nnqmd_server.doors.force_sets import ForceSets
-from nnqmd_server.doors.socket import SocketDoor, ipi_address, serve_in_thread, stale_socket
-from nnqmd_server.errors import AddressError, InputError, OutputError, ProgramError
+from nnqmd_server.doors.socket import SocketDoor, serve_in_thread
+from nnqmd_server.errors import InputError, OutputError, ProgramError
 from nnqmd_server.inputs.xml import ForceField, IpiInput, read_elements, read_input, write_run_copy
 from nnqmd_server.pool.client import PoolClient
 from nnqmd_server.potentials.base import unknown_elements
@@ -79,11 +80,13 @@ def our_force_field(plan: IpiInput) -> ForceField:
             f"<batch_size> is {field.batch_size} and the simulation has {plan.n_beads} beads.",
             f"Set <batch_size>{plan.n_beads}</batch_size>, so that i-PI asks for all beads at once.",
         )
-    if field.kind == "socket" and (field.batch_size != 1 or field.mode not in {"unix", "inet"}):
+    if field.kind == "socket" and field.mode not in {"unix", "inet", "shm"}:
         raise InputError(
-            f"The <ffsocket> has mode {field.mode!r} and batch_size {field.batch_size}: not classic.",
-            "Use mode='unix' or 'inet' without <batch_size>, or the direct door (<ffdirect>).",
+            f"The <ffsocket> has mode {field.mode!r}.",
+            "Use mode='unix', 'inet' or 'shm', or the direct door (<ffdirect>).",
         )
+    if field.batch_size < 1:
+        raise InputError(f"<batch_size> is {field.batch_size}.", "Set it to the number of beads.")
     return field
 
 
@@ -98,21 +101,14 @@ def _is_ours(field: ForceField, path: Path) -> bool:
         ) from error
 
 
-def _refuse_taken_socket(field: ForceField) -> None:
-    if field.kind != "socket" or field.mode != "unix":
-        return
-    path = Path(ipi_address("unix", field.address).path)
-    if stale_socket(path):
-        raise AddressError(
-            f"{path} was left behind by an i-PI that was killed; nobody listens on it.", f"rm {path}"
-        )
-    if path.exists():
-        raise AddressError(
-            f"Another i-PI listens at {path}.", "Stop it, or use another <address> in the input."
-        )
+def _socket_file(field: ForceField) -> Path | None:
+    """The unix socket at which an i-PI with this force field listens."""
+    if field.kind != "socket" or field.mode == "inet":
+        return None
+    return Path(ipi_address(field.mode, field.address).path)
 
 
-def check(source: Path, model: Path) -> IpiInput:
+def check(source: Path, model: Path, remove_stale: bool = False) -> IpiInput:
     """Find what would stop a run before anything is started.
 
     Parameters
@@ -121,6 +117,8 @@ def check(source: Path, model: Path) -> IpiInput:
         The i-PI input.
     model : Path
         The packaged model.
+    remove_stale : bool
+        Remove the socket file that a killed i-PI has left behind.
 
     Raises
     ------
@@ -131,7 +129,8 @@ def check(source: Path, model: Path) -> IpiInput:
     card = read_card(model)
     field = our_force_field(plan)
     find_ipi()
-    _refuse_taken_socket(field)
+    if path := _socket_file(field):
+        free_socket(path, remove_stale)
     numbers = set(read_elements(source).tolist())
     unknown = sorted(chemical_symbols[z] for z in numbers if chemical_symbols[z] not in card.elements)
     if unknown:
@@ -197,7 +196,7 @@ class Run:
         with self.log.open("w") as output:
             # A session of its own: Ctrl-C is ours to pass on, as a request to stop softly.
             self._process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("leash.py")), program, copy.name],
+                [sys.executable, "-m", "nnqmd_server.inputs.leash", program, copy.name],
                 cwd=folder,
                 env=environment,
                 stdout=output,
@@ -216,8 +215,8 @@ class Run:
             extras,
             self.folder / "quarantine.extxyz",
         )
-        address = ipi_address(self.field.mode, self.field.address, self.field.port)
-        return SocketDoor(address, sets, self.plan.n_beads)
+        where = ipi_address(self.field.mode, self.field.address, self.field.port)
+        return SocketDoor(where, sets, self.plan.n_beads, self.field.batch_size)
 
     def temperature(self) -> float | None:
         """The newest temperature [K] in i-PI's property file, if it writes one."""
@@ -263,6 +262,13 @@ class Run:
             self._door.stop()
         if self._thread:
             self._thread.join(timeout=10)
+        self._clear_socket()
+
+    def _clear_socket(self) -> None:
+        """Remove the socket file that our i-PI leaves behind when it is killed."""
+        path = _socket_file(self.field)
+        if path and stale_socket(path):
+            path.unlink(missing_ok=True)
 
     def _kept(self) -> str:
         restart = self.folder / "RESTART"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from collections.abc import Callable
 
 import zmq
 
@@ -28,6 +29,10 @@ def default_address() -> str:
 
 RESEND = 1.0
 """How often a door asks whether the pool still knows its request [s]."""
+
+
+class GivenUpError(PoolError):
+    """Whoever asked does not wait for the answer any more."""
 
 
 class PoolClient:
@@ -86,11 +91,20 @@ class PoolClient:
                 raise self._silence(deadline)
             time.sleep(0.05)
 
-    def submit(self, structures: Structures) -> Results:
+    def submit(self, structures: Structures, given_up: Callable[[], bool] | None = None) -> Results:
         """Evaluate one force set; blocks until its results are there.
+
+        Parameters
+        ----------
+        structures : Structures
+            The force set.
+        given_up : callable, optional
+            Asked every second whether nobody waits for the answer any more.
 
         Raises
         ------
+        GivenUpError
+            Nobody waits any more.
         PoolError
             The pool does not answer within ``patience``, or could not evaluate anything.
         StructureError
@@ -111,6 +125,8 @@ class PoolClient:
                 if answer.kind == "unknown":
                     sent = self._send(evaluate)
             elif answer is None:
+                if given_up is not None and given_up():
+                    raise GivenUpError("Nobody waits for these forces any more.")
                 if time.monotonic() > deadline:
                     raise self._silence(deadline)
                 sent = self._send(waiting if sent else evaluate) or sent
