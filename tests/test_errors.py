@@ -203,11 +203,11 @@ def test_an_earlier_run_is_not_overwritten(source, tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 256 kB; only root may mount one."""
+    """A file system of 1 MB; only root may mount one."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "none", disk], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], capture_output=True, check=False
     )
     if mounted.returncode:
         pytest.skip("needs the right to mount a small file system")
@@ -216,28 +216,32 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk(source, tmp_path, small_disk):
-    (small_disk / "ballast").write_bytes(b"\0" * 200_000)
+    (small_disk / "ballast").write_bytes(b"\0" * 960_000)
     words = ("run", source, "--model", MODEL, "--eager", "--workers", "1", "--steps", "40")
     done = nnqmd(*words, "--out", small_disk / "run", cwd=tmp_path)
     assert_error(done, "disk", "Make room")
 
 
 def test_dipoles_that_do_not_fit_on_the_disk(small_disk):
+    import h5py
     import numpy as np
 
     from nnqmd_server.doors.record import DipoleRecord
 
-    record = DipoleRecord(small_disk / "d.h5", 64, "0" * 64)
+    record = DipoleRecord(small_disk / "d.h5", 8, "0" * 64)
     with pytest.raises(OutputError, match=r"disk of .* is full"):
-        for _ in range(5):
-            for _ in range(200):
-                record.append(np.ones((64, 3)), np.ones(64), np.eye(3))
+        for _ in range(20_000):
+            record.append(np.ones((8, 3)), np.ones(8), np.eye(3))
     record.close()
+    with h5py.File(small_disk / "d.h5") as file:  # what was written before can be read
+        assert len(file["dipole"]) > 500
+    with pytest.raises(OutputError, match=r"disk of .* is full"):
+        DipoleRecord(small_disk / "e.h5", 8, "0" * 64)
 
 
 def test_a_disk_that_is_full_from_the_start(small_disk):
     with pytest.raises(OSError, match="No space left"):
-        (small_disk / "ballast").write_bytes(b"\0" * 300_000)
+        (small_disk / "ballast").write_bytes(b"\0" * 1_200_000)
     with pytest.raises(OutputError, match="Cannot write into"):
         make_folder(small_disk / "run", force=False)
 

@@ -47,12 +47,14 @@ class DipoleRecord:
         self._force_set = 0
         self.skipped = 0
         self._written = time.monotonic()
+        shapes = {"force_set": (), "dipole": (n_beads, 3), "energy": (n_beads,), "cell": (3, 3)}
+        self._chunk_bytes = 8 * _CHUNK * sum(math.prod(shape) for shape in shapes.values())
+        self._need_room()
         try:
             self._file = h5py.File(path, "w")
         except OSError as error:
             raise self._cannot_write(error) from error
         self._file.attrs.update({"format": FORMAT, "model_sha256": model, "n_beads": n_beads})
-        shapes = {"force_set": (), "dipole": (n_beads, 3), "energy": (n_beads,), "cell": (3, 3)}
         units = {"force_set": "", "dipole": "e Angstrom", "energy": "eV", "cell": "Angstrom"}
         for name, shape in shapes.items():
             kind = np.int64 if name == "force_set" else np.float64
@@ -123,9 +125,11 @@ class DipoleRecord:
     def _need_room(self) -> None:
         # A file that HDF5 could not write cannot be closed either, and takes the process down when it
         # ends: it is never asked to write onto a disk that is about to be full.
-        chunk = sum(data.dtype.itemsize * math.prod(data.chunks) for data in self._file.values())
-        free = shutil.disk_usage(self.path.parent).free
-        if free < (2 + len(self._waiting) // _CHUNK) * chunk + _MARGIN:
+        try:
+            free = shutil.disk_usage(self.path.parent).free
+        except OSError as error:
+            raise self._cannot_write(error) from error
+        if free < (2 + len(self._waiting) // _CHUNK) * self._chunk_bytes + _MARGIN:
             self._waiting = []
             raise OutputError(
                 f"The disk of {self.path} is full ({free / 1e6:.1f} MB are left).", "Make room on the disk."

@@ -278,13 +278,13 @@ class Run:
         text = self.log.read_text(errors="replace")
         ours = re.search(r"^nnqmd: (.*?)(?:\nFix: (.*))?$", text, re.MULTILINE)
         kept = self._kept()
-        if ours:
-            raise ProgramError(f"{ours.group(1)}{kept}", ours.group(2) or f"See {self.log}.")
         if "No space left on device" in text or shutil.disk_usage(self.folder).free < _FULL:
             raise OutputError(
                 f"The disk is full: i-PI could not write into {self.folder}.{kept}",
                 "Make room, then restart.",
             )
+        if ours:
+            raise ProgramError(f"{ours.group(1)}{kept}", ours.group(2) or f"See {self.log}.")
         if self._process.returncode != 0 or "Restartable as is: YES" in text:
             last = [line for line in text.strip().splitlines() if line.strip()][-1:]
             raise ProgramError(
