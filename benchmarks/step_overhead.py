@@ -4,7 +4,7 @@ Measured on this machine with the shipped model and input (64 atoms, 8 beads), r
 machines drift; a round is, one after the other,
 
 - the bare model: W processes (one per worker) that each evaluate their part of the beads over and
-  over, at the same time, without any server;
+  over, at the same time, without any server, in the same environment as a worker;
 - i-PI alone: the same input with forces of zero from inside i-PI's process;
 - served: i-PI, the direct door, the pool and W workers.
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import re
 import shutil
 import statistics
@@ -84,6 +85,7 @@ class BareModel:
     """Processes that have their part of the beads at hand and evaluate it when told."""
 
     def __init__(self, workers: int, rounds: int) -> None:
+        from nnqmd_server.pool.launch import worker_settings
         from nnqmd_server.pool.shares import cut
 
         context = multiprocessing.get_context("spawn")
@@ -92,6 +94,7 @@ class BareModel:
             context.Process(target=_bare_worker, args=(self._barrier, n, rounds, self._times), daemon=True)
             for n in cut(BEADS, [1.0] * workers)
         ]
+        os.environ.update(worker_settings())  # the same allocator as in a worker; inherited by the processes
         for process in self._processes:
             process.start()
 

@@ -74,15 +74,18 @@ def test_beads_are_cut_so_that_the_last_worker_ends_soonest(count, speeds, expec
     assert cut(count, speeds) == expected
 
 
-def test_the_cut_is_optimal():
-    """No other way to hand out the beads ends sooner (tried exhaustively)."""
+def test_the_cut_is_close_to_optimal():
+    """No other way to hand out the beads ends sooner by more than a tenth (tried exhaustively)."""
     rng = np.random.default_rng(5)
-    for _ in range(30):
+    uneven = 0
+    for _ in range(100):
         a, b = rng.uniform(0.2, 5, 2)
         ours = cut(9, [a, b])
         assert sum(ours) == 9
         best = min(max(k / a, (9 - k) / b) for k in range(10))
-        assert max(ours[0] / a, ours[1] / b) == pytest.approx(best)
+        assert max(ours[0] / a, ours[1] / b) <= 1.1 * best + 1e-12
+        uneven += abs(ours[0] - ours[1]) > 1
+    assert uneven > 20
 
 
 def test_results_come_back_in_bead_order_whatever_worker_is_first(toys):

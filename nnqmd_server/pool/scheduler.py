@@ -10,7 +10,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import zmq
@@ -33,6 +34,9 @@ log = logging.getLogger("nnqmd.pool")
 MAX_WAITING = 256
 """Force sets that may wait at once; more are refused."""
 
+RECENT = 15
+"""Shares over which a worker's speed is measured: one slow share does not change the cut."""
+
 POLL = 100
 """Longest sleep of the pool's loop [ms]; a dead worker is noticed within this time."""
 
@@ -45,7 +49,7 @@ class Worker:
     index: int
     pid: int
     form: str
-    speed: float = 1.0  # structures x atoms per second, a running mean; equal until measured
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))  # atoms per second
     structures: int = 0
     busy_seconds: float = 0.0
     share: Share | None = None
@@ -214,9 +218,8 @@ class Pool:
         return any(s.job.client == client and s.job.request == request for s in shares)
 
     def _split(self, job: Job) -> None:
-        speeds = [w.speed for w in self._workers.values()] or [1.0]
         first = 0
-        for count in cut(len(job.structures), speeds):
+        for count in cut(len(job.structures), self._speeds()):
             if count:
                 share = Share(self._numbers, job, job.structures[first : first + count], first)
                 self._numbers += 1
@@ -287,14 +290,15 @@ class Pool:
         log.info("worker %s is ready (%s)", fields["index"], fields["form"])
 
     def _account(self, worker: Worker, share: Share, seconds: float) -> None:
-        measured = share.structures.n_atoms / max(seconds, 1e-9)
-        worker.speed = measured if worker.structures == 0 else 0.9 * worker.speed + 0.1 * measured
+        worker.recent.append(share.structures.n_atoms / max(seconds, 1e-9))
         worker.structures += len(share.structures)
         worker.busy_seconds += seconds
-        if any(w.structures == 0 for w in self._workers.values()):
-            for other in self._workers.values():  # compare only what has been measured
-                if other.structures == 0:
-                    other.speed = measured
+
+    def _speeds(self) -> list[float]:
+        """Of every worker, the median of its latest shares; what is not measured yet is taken for typical."""
+        measured = [median(w.recent) for w in self._workers.values() if w.recent]
+        typical = median(measured) if measured else 1.0
+        return [median(w.recent) if w.recent else typical for w in self._workers.values()] or [1.0]
 
     def _complete(self, share: Share, results: Results) -> None:
         job = share.job

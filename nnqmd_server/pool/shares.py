@@ -56,16 +56,30 @@ class Fault:
     final: bool = False
 
 
+EVEN_ENOUGH = 1.1
+"""Measured speeds are noisy: an even cut is kept unless another one would end sooner by this factor."""
+
+
 def cut(count: int, speeds: Sequence[float]) -> list[int]:
     """How many of ``count`` equal structures each worker gets so that the last one ends soonest.
 
-    Structures are handed out one by one to the worker that would finish it first.
+    Structures are handed out one by one to the worker that would finish it first; but evenly, where that
+    takes hardly longer.
     """
+    best, even = _by_finish(count, speeds), _by_finish(count, [1.0] * len(speeds))
+    return even if _duration(even, speeds) <= EVEN_ENOUGH * _duration(best, speeds) else best
+
+
+def _by_finish(count: int, speeds: Sequence[float]) -> list[int]:
     given = [0] * len(speeds)
     for _ in range(count):
         best = min(range(len(speeds)), key=lambda k: ((given[k] + 1) / speeds[k], given[k], k))
         given[best] += 1
     return given
+
+
+def _duration(given: Sequence[int], speeds: Sequence[float]) -> float:
+    return max(n / speed for n, speed in zip(given, speeds, strict=True))
 
 
 def judge(arrays: dict[str, Array], structures: Structures, max_force: float) -> Results | Fault:
