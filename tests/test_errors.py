@@ -187,6 +187,12 @@ def test_an_ipi_socket_that_is_taken_or_left_behind(source, tmp_path):
         path.unlink(missing_ok=True)
 
 
+@pytest.mark.parametrize("door", [("--door", "mpi"), ("--socket", "unix:none")])
+def test_a_record_of_dipoles_without_the_number_of_beads(tmp_path, door):
+    words = ("serve", MODEL, *door, "--template", INPUT.parent / "init.xyz", "--dipoles", "d.h5")
+    assert_error(nnqmd(*words, cwd=tmp_path), "needs the number of beads", "--beads")
+
+
 def test_an_output_folder_that_cannot_be_written(source, tmp_path):
     (tmp_path / "file").touch()
     done = nnqmd("run", source, "--model", MODEL, "--out", "file/run", cwd=tmp_path)

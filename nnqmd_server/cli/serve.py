@@ -70,9 +70,11 @@ def serve(
         raise InputError(
             "This door needs the elements: i-PI sends positions only.", "Give --template init.xyz."
         )
+    if dipoles and beads is None:
+        raise InputError("A record of dipoles needs the number of beads.", "Give --beads.")
     if door:
         options = PoolOptions(model, logs, address, workers, device, eager)
-        if not serve_mpi.answer(options, name, group, template, beads, extras.split(), dipoles):
+        if not serve_mpi.answer(options, name, group, template, beads or 1, extras.split(), dipoles):
             raise typer.Exit(1)
         return
     stop = threading.Event()

@@ -19,13 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nnqmd_server.doors.address import (
-    Address,
-    free_socket,
-    ipi_address,
-    parse_address,
-    stale_socket,
-)
+from nnqmd_server.doors.address import Address
 from nnqmd_server.doors.force_sets import ForceSets
 from nnqmd_server.doors.gather import Gather
 from nnqmd_server.doors.segments import Segments
@@ -33,16 +27,6 @@ from nnqmd_server.doors.wire import Conversation, Exit, InSegments, Positions, P
 from nnqmd_server.errors import AddressError, NnqmdError, ProgramError
 from nnqmd_server.pool.client import GivenUpError
 from nnqmd_server.structures import Array
-
-__all__ = [
-    "Address",
-    "SocketDoor",
-    "free_socket",
-    "ipi_address",
-    "parse_address",
-    "serve_in_thread",
-    "stale_socket",
-]
 
 log = logging.getLogger("nnqmd.door")
 
