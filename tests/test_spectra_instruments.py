@@ -5,13 +5,13 @@ import pytest
 from scipy.optimize import curve_fit
 from spectra_cases import H, harmonic_velocities, trajectory
 
-from nnqmd_server.spectra import neutron, tables
+from nnqmd_server.spectra import neutron
+from nnqmd_server.spectra.diffusion import looks_liquid
 from nnqmd_server.spectra.inelastic import neutron_spectrum
 from nnqmd_server.spectra.instruments import VISION, broaden, momentum_transfer, resolution
-from nnqmd_server.spectra.plot import plot_ins
 from nnqmd_server.spectra.powder import almost_isotropic
-from nnqmd_server.spectra.vibrations import densities_of_states, looks_liquid
-from nnqmd_server.units import EV_PER_INVCM, HBAR, KB, MEV_PER_INVCM
+from nnqmd_server.spectra.vibrations import densities_of_states
+from nnqmd_server.units import EV_PER_INVCM, KB, MEV_PER_INVCM
 
 
 @pytest.mark.parametrize(
@@ -139,22 +139,3 @@ def test_solid_and_liquid_are_told_apart():
     v = np.cumsum(rng.normal(size=(1000, 30, 3)), axis=0)
     drift = 0.01 * (v - v.mean(axis=0)) / v.std()
     assert looks_liquid(trajectory(drift + 2e-3 * rng.normal(size=(1, 30, 3)), interval, "N"))[0]
-
-
-def test_table_and_picture(hydrogen, tmp_path):
-    spectrum = neutron_spectrum(hydrogen, highest=1500.0)
-    tables.write_ins(tmp_path / "ins.txt", spectrum, ["a note"])
-    plot_ins(tmp_path / "ins.png", spectrum)
-    text = (tmp_path / "ins.txt").read_text()
-    for word in ("barn/(sr meV)", "coth", "T = 20 K", "6000 frames", "FWHM", "a note", "sigma = 82.02 barn"):
-        assert word in text
-    header = [row for row in text.splitlines() if row.startswith("#")][-1].split()[1:]
-    data = np.loadtxt(tmp_path / "ins.txt")
-    assert data.shape == (len(spectrum.energy), len(header))
-    columns = dict(zip(header, data.T, strict=True))
-    assert header[:3] == ["deltaE[cm^-1]", "total-backward", "total-forward"]
-    assert columns["backward-0-4+"] == pytest.approx(columns["total-backward"], rel=1e-6)
-    assert columns["deltaE[meV]"] == pytest.approx(columns["deltaE[cm^-1]"] * 0.1239842, rel=1e-6)
-    assert columns["vdos-H[cm]"].sum() == pytest.approx(2 / 3, rel=0.02)  # two of three modes below 1500
-    assert (tmp_path / "ins.png").read_bytes()[:4] == b"\x89PNG"
-    assert hydrogen.resolution == pytest.approx(2 * np.pi * HBAR / 2500.0)

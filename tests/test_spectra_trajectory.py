@@ -12,8 +12,15 @@ from spectra_cases import write_ipi_xyz
 
 from nnqmd_server.errors import DataError
 from nnqmd_server.spectra import correlation
-from nnqmd_server.spectra.trajectory import masses_of, read_dipoles, read_velocities
+from nnqmd_server.spectra.dipole_files import read_dipoles
+from nnqmd_server.spectra.running import velocity_correlations
+from nnqmd_server.spectra.trajectory import masses_of, open_trajectory
 from nnqmd_server.units import ATOMIC_TIME, BOHR
+
+
+def read_velocities(path, timestep, unit=None, **options):
+    return open_trajectory(path, timestep, unit=unit, **options).load()
+
 
 INPUT = """
 <simulation verbosity='quiet'>
@@ -94,8 +101,10 @@ def test_velocities_are_the_derivative_of_the_positions(ipi_run):
 
 
 def test_positions_are_not_velocities(ipi_run):
+    with pytest.raises(DataError, match="x_centroid, not v_centroid"):
+        open_trajectory(ipi_run / "simulation.xc.xyz", 0.5, quantity="v_centroid")
     with pytest.raises(DataError, match="x_centroid, not velocities"):
-        read_velocities(ipi_run / "simulation.xc.xyz", 0.5)
+        velocity_correlations(open_trajectory(ipi_run / "simulation.xc.xyz", 0.5), 20)
 
 
 @pytest.fixture
@@ -115,17 +124,18 @@ def edit(path, old, new, count=-1):
 @pytest.mark.parametrize(
     ("old", "new", "count", "message"),
     [
-        ("v_centroid{atomic_unit}", "", -1, "in which unit"),
-        ("v_centroid{atomic_unit}", "v_centroid", -1, "in which unit"),
+        ("v_centroid{atomic_unit}", "", -1, "what it holds"),
+        ("v_centroid{atomic_unit}", "v_centroid", -1, "what it holds"),
+        ("v_centroid{atomic_unit}", "v_centroid{}", -1, "in which unit"),
         ("v_centroid{atomic_unit}", "v_centroid{furlong}", -1, "'furlong'"),
-        ("v_centroid{atomic_unit}", "v_centroid{m/s}", 1, "another unit"),
-        ("v_centroid{atomic_unit}", "f_centroid{atomic_unit}", -1, "not velocities"),
-        ("Step:  ", "Stop:  ", -1, "Step"),
+        ("v_centroid{atomic_unit}", "v_centroid{m/s}", 1, "other contents"),
+        ("v_centroid{atomic_unit}", "f_centroid{atomic_unit}", -1, "no spectrum"),
+        ("Step:  ", "Stop:  ", -1, "how much time"),
         ("Step:          50", "Step:          49", -1, "not even"),
         ("Step:          52", "Step:          50", -1, "not even"),
-        ("       N ", "       O ", 1, "other atoms"),
-        ("2\n# CELL", "3\n# CELL", 1, "not an i-PI xyz frame"),
-        ("       H ", "       H nan ", 1, "not an i-PI xyz frame"),
+        ("       N ", "       O ", 1, "other contents"),
+        ("2\n# CELL", "3\n# CELL", 1, "not an xyz frame"),
+        ("       H ", "       H nan ", 1, "not an xyz frame"),
         ("2\n# CELL", "two\n# CELL", 1, "number of atoms"),
     ],
 )
@@ -146,15 +156,18 @@ def test_values_that_are_not_finite_are_refused(good):
 
 def test_input_and_file_must_agree_on_the_unit(good):
     read_velocities(good, 0.5, "atomic_unit")
-    with pytest.raises(DataError, match="asks for 'm/s'"):
+    with pytest.raises(DataError, match="'m/s' was asked for"):
         read_velocities(good, 0.5, "m/s")
 
 
 @pytest.mark.parametrize("cut", [1, 3, 30, 100, 201])
-def test_a_cut_last_frame_is_left_out_and_said(good, cut):
+def test_a_cut_last_frame_is_an_error_or_left_out_and_said(good, cut):
     whole = read_velocities(good, 0.5)
     good.write_bytes(good.read_bytes()[:-cut])
-    short = read_velocities(good, 0.5)
+    with pytest.raises(DataError, match=r"Frame 79 of .*vc\.xyz, the last one, is cut off") as caught:
+        read_velocities(good, 0.5)
+    assert "drop_cut=True (--drop-cut)" in caught.value.fix
+    short = read_velocities(good, 0.5, drop_cut=True)
     assert np.array_equal(short.velocities, whole.velocities[: len(short.steps)])
     assert len(short.steps) == 79
     assert "cut off" in short.warnings[0]
@@ -167,10 +180,10 @@ def test_too_few_frames(good):
 
 
 def test_missing_and_empty_files(tmp_path):
-    with pytest.raises(DataError, match="no file"):
+    with pytest.raises(DataError, match="cannot be read"):
         read_velocities(tmp_path / "vc.xyz", 0.5)
     (tmp_path / "vc.xyz").write_text("")
-    with pytest.raises(DataError, match="0 whole frames"):
+    with pytest.raises(DataError, match="is empty"):
         read_velocities(tmp_path / "vc.xyz", 0.5)
 
 
@@ -241,15 +254,3 @@ def test_autocorrelation_is_the_direct_sum():
     cross = signal.correlate(series[:, 1, 0], series[:, 1, 2])
     symmetric = 0.5 * (cross[96 + 17] + cross[96 - 17]) / (97 - 17)
     assert tensors[1, 4, 17] == pytest.approx(symmetric, abs=1e-12)
-
-
-def test_blocks_and_standard_error():
-    blocks = correlation.block_slices(1000, 100)
-    assert len(blocks) == 8
-    assert all(b.stop - b.start == 125 for b in blocks)
-    assert len(correlation.block_slices(1000, 500)) == 1
-    values = np.random.default_rng(7).normal(size=(400, 5))
-    error = correlation.standard_error(values)
-    assert error.min() > 0.04
-    assert error.max() < 0.06
-    assert correlation.standard_error(values[:1]) is None

@@ -69,19 +69,6 @@ def velocity_tensors(velocities: Array, n_lags: int) -> Array:
     return tensors
 
 
-def hann(n_lags: int) -> Array:
-    """Half a Hann window, one at lag zero and zero just after the last lag; shape (n_lags,)."""
-    return 0.5 * (1 + np.cos(np.pi * np.arange(n_lags) / n_lags))
-
-
-def hann_width(lag: float) -> float:
-    """Full width at half maximum that `hann` gives to a sharp line [1/fs], for a window of ``lag`` [fs].
-
-    The transform of cos^2(pi t / 2 L) on [-L, L] falls to half its peak at +-0.50000 / L.
-    """
-    return 1.0 / lag
-
-
 def spectral_density(acf: Array, interval: float, size: int) -> Array:
     """Half-sided cosine transform, Int_0^inf C(t) cos(wt) dt, by the trapezoid rule.
 
@@ -117,41 +104,6 @@ def default_lag(duration: float) -> float:
     as the elastic resolution of the instruments served here.
     """
     return min(6000.0, max(duration / 4, min(duration / 2, 500.0)))
-
-
-def block_slices(n_frames: int, n_lags: int, most: int = 8) -> list[slice]:
-    """Equal stretches of the run, each a quarter longer than the correlation window."""
-    count = int(min(most, max(1, n_frames // (1.25 * n_lags))))
-    length = n_frames // count
-    return [slice(k * length, (k + 1) * length) for k in range(count)]
-
-
-def standard_error(blocks: Array) -> Array | None:
-    """Standard error of the mean over the first axis, or None for a single block."""
-    if len(blocks) < 2:
-        return None
-    return np.std(blocks, axis=0, ddof=1) / np.sqrt(len(blocks))
-
-
-def mean_square_displacement(velocities: Array, interval: float, lags: Array) -> Array:
-    """Mean square displacement from integrated velocities, averaged over atoms and origins.
-
-    Parameters
-    ----------
-    velocities : Array
-        Shape (n_frames, n_atoms, 3) [Angstrom/fs].
-    interval : float
-        Time between frames [fs].
-    lags : Array
-        Lags in frames, shape (n,).
-
-    Returns
-    -------
-    Array
-        [Angstrom^2], shape (n,).
-    """
-    path = np.cumsum(0.5 * (velocities[1:] + velocities[:-1]) * interval, axis=0)
-    return np.array([np.mean(np.sum((path[k:] - path[:-k]) ** 2, axis=-1)) for k in lags])
 
 
 def _origins(n_frames: int, n_lags: int) -> Array:

@@ -1,27 +1,29 @@
-"""The inelastic neutron spectrum of a run, as an indirect-geometry spectrometer shows it."""
+"""The inelastic neutron spectrum of runs or phonon modes, as a spectrometer shows it."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from nnqmd_server.errors import DataError
 from nnqmd_server.spectra import neutron
-from nnqmd_server.spectra.instruments import (
-    VISION,
-    IndirectSpectrometer,
-    broaden,
-    momentum_transfer,
-    resolution,
+from nnqmd_server.spectra.cross_sections import (
+    CrossSection,
+    Overrides,
+    check_overrides,
+    cross_section,
+    cross_section_of,
 )
+from nnqmd_server.spectra.instruments import VISION, Instrument, broaden
+from nnqmd_server.spectra.liquid import LiquidCorrection
 from nnqmd_server.spectra.powder import element_orders
 from nnqmd_server.spectra.vibrations import Element, Vibrations, debye_start, trapezoid
 from nnqmd_server.units import EV_PER_INVCM
 
 Array = np.ndarray
+
+__all__ = ["ElementScattering", "NeutronSpectrum", "cross_section", "neutron_spectrum"]
 
 LOWEST = -25.0
 """First energy transfer shown [cm^-1]: the elastic line with its gain side."""
@@ -46,6 +48,10 @@ class ElementScattering:
         Quantum kinetic energy per atom [eV].
     intensity : Array
         [barn / (sr meV)] per atom of the cell, banks x orders (0, 1, 2, 3, higher) x energies.
+    group : str
+        Name of the group of atoms, if it is one.
+    power : CrossSection
+        Coherent and incoherent cross-section, and where they come from.
     """
 
     symbol: str
@@ -53,6 +59,13 @@ class ElementScattering:
     displacement: float
     kinetic_energy: float
     intensity: Array
+    group: str = ""
+    power: CrossSection | None = None
+
+    @property
+    def label(self) -> str:
+        """Such as ``H``, or ``H (methyl)`` for a group."""
+        return f"{self.symbol} ({self.group})" if self.group else self.symbol
 
 
 @dataclass(frozen=True)
@@ -64,24 +77,28 @@ class NeutronSpectrum:
     energy : Array
         Energy transfer, positive for neutron energy loss [cm^-1], shape (n,).
     Q : Array
-        Momentum transfer [1/Angstrom], shape (n_banks, n).
+        Momentum transfer [1/Angstrom], shape (n_banks, n): of a bank of many angles the root mean square;
+        nan where the instrument sees nothing.
     elements : tuple of ElementScattering
         In the order of first appearance.
-    instrument : IndirectSpectrometer
+    instrument : Instrument
         Geometry and resolution used.
     vibrations : Vibrations
         Where it comes from.
     solid, anisotropic : bool
         How it was computed.
+    corrected : bool
+        Whether a liquid was corrected by the ratio of the exact to the Gaussian classical function.
     """
 
     energy: Array
     Q: Array
     elements: tuple[ElementScattering, ...]
-    instrument: IndirectSpectrometer
+    instrument: Instrument
     vibrations: Vibrations
     solid: bool
     anisotropic: bool
+    corrected: bool = False
 
     @property
     def orders(self) -> Array:
@@ -94,39 +111,17 @@ class NeutronSpectrum:
         return self.orders.sum(axis=1)
 
 
-def cross_section(symbol: str) -> float:
-    """Total bound scattering cross-section of an i-PI label [barn], from periodictable.
-
-    Isotopes are D, T or a symbol with a mass number, such as O18.
-    """
-    import periodictable
-
-    match = re.fullmatch(r"([A-Z][a-z]?)(\d*)", symbol)
-    try:
-        if match is None or symbol == "H2":  # i-PI's H2 is a whole molecule
-            raise KeyError(symbol)
-        atom = periodictable.elements.symbol(match[1])
-        if match[2]:
-            atom = atom[int(match[2])]
-    except (KeyError, ValueError) as error:
-        raise DataError(
-            f"There is no neutron cross-section for {symbol!r}.",
-            "Use element symbols, D and T for heavy hydrogen, or a symbol with a mass number such as C13.",
-        ) from error
-    if atom.neutron.total is None:
-        raise DataError(f"The neutron cross-section of {symbol} is not known.", "Replace this isotope.")
-    return float(atom.neutron.total)
-
-
 def neutron_spectrum(
     vibrations: Vibrations,
     solid: bool = True,
     anisotropic: bool = True,
     highest: float = 4000.0,
-    instrument: IndirectSpectrometer = VISION,
+    instrument: Instrument = VISION,
     progress: Callable[[float], None] | None = None,
+    overrides: Overrides | None = None,
+    liquid: LiquidCorrection | None = None,
 ) -> NeutronSpectrum:
-    """INS spectrum of a run in the incoherent approximation, all orders.
+    """INS spectrum of runs or phonon modes in the incoherent approximation, all orders.
 
         I(E) = (1/N) Sum_i (sigma_i / 4 pi) S_i(Q(E), E), then broadened; without the factor kf/ki
 
@@ -135,25 +130,36 @@ def neutron_spectrum(
     Parameters
     ----------
     vibrations : Vibrations
-        Densities of states of the run.
+        Densities of states of runs or modes.
     solid : bool
         A solid's density gets a Debye start below the resolution of the run, and its elastic line is
         sharp. A liquid keeps its density at E = 0, and the quasi-elastic line comes out.
     anisotropic : bool
         Orders 1 and 2 with each atom's displacement tensor (`powder`); solids only.
     highest : float
-        Last energy transfer [cm^-1].
-    instrument : IndirectSpectrometer
+        Last energy transfer [cm^-1]; a direct-geometry instrument ends before its incident energy.
+    instrument : Instrument
         Geometry and resolution.
     progress : callable, optional
         Called with the fraction done.
+    overrides : mapping, optional
+        Label or group -> isotope or total cross-section [barn]: deuteration, for instance. It changes
+        how atoms scatter, not how they move.
+    liquid : LiquidCorrection, optional
+        Exact classical scattering functions (`liquid.correction_of`), which correct the Gaussian
+        approximation of a liquid; not for solids.
     """
+    names = {e.symbol for e in vibrations.elements} | {e.group for e in vibrations.elements if e.group}
+    check_overrides(overrides, names)
+    if solid:
+        liquid = None
     step = vibrations.step
-    bins = _true_transfers(highest, instrument, step)
+    end = min(highest, instrument.highest)
+    bins = true_transfers(end, instrument, step)
     energy = bins * step / EV_PER_INVCM
-    Q = _along_banks(energy, instrument)
-    target = np.arange(LOWEST, highest + 0.5, 1.0)
-    n_atoms = sum(e.count for e in vibrations.elements)
+    banks = instrument.lines(energy)
+    Q = np.concatenate([lines for lines, _ in banks])
+    target = np.arange(max(LOWEST, np.ceil(instrument.lowest)), np.floor(end) + 0.5, 1.0)
     parts = []
     for k, element in enumerate(vibrations.elements):
 
@@ -161,49 +167,72 @@ def neutron_spectrum(
             if progress is not None:
                 progress((k + done) / len(vibrations.elements))
 
-        barn = cross_section(element.symbol)
-        density = _density(element, vibrations, solid)
+        power = cross_section_of(element.symbol, element.group, overrides)
+        density = density_for(element, vibrations, solid)
         slow_below = 0.0 if solid else QUASI_ELASTIC
         moves = neutron.motion(density, step, element.mass, vibrations.temperature, slow_below)
-        S = neutron.orders_along(moves, Q, bins, report)
+        if liquid is None:
+            S = neutron.orders_along(moves, Q, bins, report)
+        else:
+            S = liquid.orders_along(k, moves, Q, bins, vibrations.temperature, report)
         if solid and anisotropic:
             S[:, 1:3] = element_orders(element, vibrations, moves, Q, bins)
-        weight = element.count / n_atoms * barn / (4 * np.pi) * 1e-3  # 1/eV -> 1/meV
+        weight = element.count / vibrations.n_atoms * power.total / (4 * np.pi) * 1e-3  # 1/eV -> 1/meV
+        shown = weight * broaden(energy, averaged_over_lines(S, banks), target, instrument.width(energy))
         parts.append(
             ElementScattering(
                 element.symbol,
-                barn,
+                power.total,
                 moves.debye_waller,
                 neutron.mean_kinetic_energy(density, step, vibrations.temperature),
-                weight * broaden(energy, S, target, resolution(energy, instrument)),
+                shown,
+                element.group,
+                power,
             )
         )
     return NeutronSpectrum(
         target,
-        _along_banks(target, instrument),
+        _mean_Q(target, instrument),
         tuple(parts),
         instrument,
         vibrations,
         solid,
         solid and anisotropic,
+        liquid is not None,
     )
 
 
-def _true_transfers(highest: float, instrument: IndirectSpectrometer, step: float) -> Array:
+def density_for(element: Element, vibrations: Vibrations, solid: bool, density: Array | None = None) -> Array:
+    """The density of states that scatters: a solid's has a Debye start below the resolution of the run.
+
+    ``density`` stands for the element's own if it is given.
+    """
+    density = element.density if density is None else density
+    if not solid:
+        return density
+    started = debye_start(density, vibrations.energies, vibrations.resolution)
+    return started / trapezoid(started, vibrations.step)
+
+
+def true_transfers(highest: float, instrument: Instrument, step: float) -> Array:
     """Energy transfers, in steps, whose broadened lines reach what is shown."""
-    edge = highest + 9 * resolution(highest, instrument)
-    least = -0.98 * instrument.final_energy  # at -Ef the incoming neutron would have no energy
+    edge = min(highest + 9 * float(instrument.width(np.array(highest))), instrument.highest)
+    least = max(instrument.lowest, LOWEST - 9 * float(instrument.width(np.array(0.0))))
     return np.arange(int(np.ceil(least * EV_PER_INVCM / step)), int(edge * EV_PER_INVCM / step))
 
 
-def _along_banks(energy: Array, instrument: IndirectSpectrometer) -> Array:
-    return np.array(
-        [momentum_transfer(energy, instrument.final_energy, bank.angle) for bank in instrument.banks]
-    )
+def averaged_over_lines(S: Array, banks: tuple[tuple[Array, Array], ...]) -> Array:
+    """Banks from their lines; S has shape (n_lines, n_orders, n)."""
+    result, first = [], 0
+    for lines, weights in banks:
+        result.append(np.tensordot(weights, S[first : first + len(lines)], 1))
+        first += len(lines)
+    return np.array(result)
 
 
-def _density(element: Element, vibrations: Vibrations, solid: bool) -> Array:
-    if not solid:
-        return element.density
-    started = debye_start(element.density, vibrations.energies, vibrations.resolution)
-    return started / trapezoid(started, vibrations.step)
+def _mean_Q(energy: Array, instrument: Instrument) -> Array:
+    seen = (energy >= instrument.lowest) & (energy <= instrument.highest)
+    Q = np.full((len(instrument.banks), len(energy)), np.nan)
+    for row, (lines, weights) in zip(Q, instrument.lines(energy[seen]), strict=True):
+        row[seen] = np.sqrt(weights @ lines**2)
+    return Q

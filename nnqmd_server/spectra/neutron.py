@@ -60,6 +60,10 @@ class Motion:
     slow : Array
         gamma(t) of the motion that is not counted in quanta [Angstrom^2], shape (size // 2 + 1,):
         zero in a solid, diffusion in a liquid.
+    classical : Array
+        gamma(t) of all motion in classical mechanics, <dr^2>/6 [Angstrom^2], shape (size // 2 + 1,).
+    symmetric : Array
+        gamma(t + i hbar/2kT) of all motion, which is real [Angstrom^2], shape (size // 2 + 1,).
     """
 
     step: float
@@ -67,6 +71,8 @@ class Motion:
     one_phonon: Array
     quanta: Array
     slow: Array
+    classical: Array
+    symmetric: Array
 
     @property
     def debye_waller(self) -> float:
@@ -150,7 +156,33 @@ def motion(
     r = recoil_constant(mass)
     zero = weights[0] * (r * KB * temperature * time**2 / HBAR**2 - 1j * r * time / HBAR)
     one_phonon = np.where(fast, both, 0.0)
-    return Motion(step, size, one_phonon, _in_time(one_phonon), zero + c_slow[0] - c_slow)
+    even = _in_time(_even(both, step, temperature)).real
+    return Motion(
+        step,
+        size,
+        one_phonon,
+        _in_time(one_phonon),
+        zero + c_slow[0] - c_slow,
+        zero.real + _classical(weights, step, size, mass, temperature),
+        zero.real + weights[0] * r / (4 * KB * temperature) + both.sum() - even,
+    )
+
+
+def _even(both: Array, step: float, temperature: float) -> Array:
+    """G_k exp(-x_k/2), which is the same on both sides; taken from the loss side, where nothing overflows."""
+    half = len(both) // 2
+    loss = both[1:half] * np.exp(-step * np.arange(1, half) / (2 * KB * temperature))
+    return np.concatenate([both[:1], loss, [0.0], loss[::-1]])
+
+
+def _classical(weights: Array, step: float, size: int, mass: float, temperature: float) -> Array:
+    """Int f (2kT/w^2 M) (1 - cos wt)/2: coth(x/2) -> 2/x in gamma(t), and no imaginary part."""
+    energies = step * np.arange(1, len(weights))
+    both = np.zeros(size)
+    both[1 : len(weights)] = recoil_constant(mass) * weights[1:] * KB * temperature / energies**2
+    both[-1 : size - len(weights) : -1] = both[1 : len(weights)]
+    c = _in_time(both).real
+    return c[0] - c
 
 
 def _in_time(weights: Array) -> Array:
@@ -188,6 +220,13 @@ def orders(moves: Motion, Q: float) -> Array:
 
     Order n is exp(-Q^2 (gamma_slow + <u^2>)) (Q^2 C)^n / n!.
 
+    Parameters
+    ----------
+    moves : Motion
+        From `motion`.
+    Q : float
+        Momentum transfer [1/Angstrom].
+
     Returns
     -------
     Array
@@ -202,6 +241,40 @@ def orders(moves: Motion, Q: float) -> Array:
     return result
 
 
+def corrected_structure_factor(moves: Motion, Q: float, exact: Array, temperature: float) -> Array:
+    """S(Q,E) of the Gaussian function times exact/Gaussian of the classical ones; see `liquid`.
+
+    Parameters
+    ----------
+    moves : Motion
+        From `motion`.
+    Q : float
+        Momentum transfer [1/Angstrom].
+    exact : Array
+        A classical F(Q,t) at t_j of `intermediate_scattering`, shape (size // 2 + 1,).
+    temperature : float
+        [K].
+
+    Returns
+    -------
+    Array
+        As `dynamic_structure_factor`.
+    """
+    x = moves.energies / (KB * temperature)
+    even = _in_energy(exact * np.exp(-(Q**2) * (moves.symmetric - moves.classical)), moves)
+    near = even * np.exp(np.clip(x / 2, None, 0.5 * _FAR))
+    gamma = moves.slow + moves.quanta[0].real - moves.quanta
+    S = _in_energy(exact * np.exp(-(Q**2) * (gamma - moves.classical)), moves)
+    far = (S + np.roll(S[::-1], 1)) * (0.5 * (1 + np.tanh(x / 2)))  # detailed balance, same norm
+    share = np.clip((_FAR - np.abs(x)) / (_FAR - _NEAR), 0, 1)
+    S = share * near + (1 - share) * far
+    return S / (S.sum() * moves.step)
+
+
+# exp(x/2) magnifies noise, so from 6 to 10 kT the symmetric form gives way to the real-time one
+_NEAR, _FAR = 6.0, 10.0
+
+
 def _in_energy(F: Array, moves: Motion) -> Array:
     # S_k step = (1/size) Sum_j F(t_j) exp(-2 pi i j k/size); F(-t) = F(t)* makes it real
     return fft.hfft(F, moves.size, axis=-1) / (moves.size * moves.step)
@@ -210,7 +283,7 @@ def _in_energy(F: Array, moves: Motion) -> Array:
 def orders_along(
     moves: Motion, Q: Array, bins: Array, progress: Callable[[float], None] | None = None
 ) -> Array:
-    """S(Q,E) by orders along lines Q(E), as an indirect-geometry instrument sees it.
+    """S(Q,E) by orders along lines Q(E), as an instrument sees it.
 
     Every Q of an even grid costs one set of FFTs; between them S is interpolated in Q with six
     points (relative error below 1e-6).
@@ -231,17 +304,50 @@ def orders_along(
     Array
         [1/eV], shape (n_lines, 5, n).
     """
-    first = int(np.floor(Q.min() / _Q_STEP)) - _STENCIL // 2 + 1
-    last = int(np.floor(Q.max() / _Q_STEP)) + _STENCIL // 2
-    left = np.floor(Q / _Q_STEP).astype(int) - _STENCIL // 2 + 1
-    result = np.zeros((len(Q), N_ORDERS, len(bins)))
+    return interpolated(lambda node: orders(moves, node * _Q_STEP), _Q_STEP, Q, bins, progress)
+
+
+def totals_along(moves: Motion, Q: Array, bins: Array, q_step: float = _Q_STEP) -> Array:
+    """As `orders_along`, all orders together, shape (n_lines, 1, n)."""
+
+    def total(node: int) -> Array:
+        return dynamic_structure_factor(moves, node * q_step)[None]
+
+    return interpolated(total, q_step, Q, bins, n_orders=1)
+
+
+def interpolated(
+    function: Callable[[int], Array],
+    q_step: float,
+    Q: Array,
+    bins: Array,
+    progress: Callable[[float], None] | None = None,
+    n_orders: int = N_ORDERS,
+) -> Array:
+    """What `orders_along` does, for any function of a node of the even grid of Q.
+
+    Parameters
+    ----------
+    function : callable
+        Takes k, gives the orders at Q = k * q_step, shape (n_orders, size); even in k.
+    q_step : float
+        [1/Angstrom].
+    Q, bins, progress
+        As for `orders_along`.
+    n_orders : int
+        Rows of what ``function`` gives.
+    """
+    first = int(np.floor(Q.min() / q_step)) - _STENCIL // 2 + 1
+    last = int(np.floor(Q.max() / q_step)) + _STENCIL // 2
+    left = np.floor(Q / q_step).astype(int) - _STENCIL // 2 + 1
+    result = np.zeros((len(Q), n_orders, len(bins)))
     for node in range(first, last + 1):
         near = (node >= left) & (node < left + _STENCIL)
         if near.any():
-            S = orders(moves, node * _Q_STEP)[:, bins]  # even in Q: nodes below zero are fine
+            S = function(node)[:, bins]
             for line, mine in enumerate(near):
                 result[line][:, mine] += S[:, mine] * _lagrange(
-                    Q[line, mine] / _Q_STEP, left[line, mine], node - left[line, mine]
+                    Q[line, mine] / q_step, left[line, mine], node - left[line, mine]
                 )
         if progress is not None:
             progress((node - first + 1) / (last - first + 1))

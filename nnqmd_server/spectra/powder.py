@@ -16,10 +16,8 @@ from __future__ import annotations
 import numpy as np
 from scipy import fft
 
-from nnqmd_server.spectra.correlation import spectral_density
 from nnqmd_server.spectra.neutron import Motion, one_phonon_weights
 from nnqmd_server.spectra.vibrations import Element, Vibrations, debye_start, trapezoid
-from nnqmd_server.units import HBAR
 
 Array = np.ndarray
 
@@ -88,11 +86,10 @@ def element_orders(element: Element, vibrations: Vibrations, moves: Motion, Q: A
     total = np.zeros((len(Q), 2, len(bins)))
     energies, cut = vibrations.energies, vibrations.resolution
     scale = 1 / trapezoid(debye_start(element.density, energies, cut), vibrations.step)
-    for tensor in element.tensors:
-        density = 2 / (np.pi * HBAR) * spectral_density(tensor, vibrations.interval, vibrations.size)
-        density = scale * debye_start(density, energies, cut)
+    for density in vibrations.tensor_densities(element):
+        started = scale * debye_start(density, energies, cut)
         g = one_phonon_weights(
-            density * moves.step, moves.step, moves.size, element.mass, vibrations.temperature
+            started * moves.step, moves.step, moves.size, element.mass, vibrations.temperature
         )
         total += almost_isotropic(g, moves.step, Q, bins)
     # noise and side lobes of single atoms cancel in the mean; cut below zero before, they would add up

@@ -1,0 +1,1 @@
+"""What leaves the house: labelled arrays, NeXus, tables, OCLIMAX's files, pictures and the report."""
