@@ -7,6 +7,9 @@ from ase.data import atomic_numbers
 
 from nnqmd_server.structures import Array, Structures
 
+_PAIRS = 1_000_000
+"""Pairs of atoms whose distances are in memory at once, about 100 MB: large structures have many."""
+
 
 def _of_elements(values: dict[str, float], numbers: Array) -> Array:
     table = np.zeros(119)
@@ -59,12 +62,13 @@ def molecular_dipoles(
     dipoles = -electrons[at, None] * centroids[at]
     charges = cores[at] - electrons[at]
     if len(others) and len(at):
-        apart = positions[others][:, None, :] - positions[at][None, :, :]
-        apart -= np.round(apart @ np.linalg.inv(cell)) @ cell
-        home = np.argmin(np.einsum("ijk,ijk->ij", apart, apart), axis=1)
-        arms = apart[np.arange(len(others)), home]
-        np.add.at(dipoles, home, cores[others, None] * arms)
-        np.add.at(charges, home, cores[others])
+        for some in np.array_split(others, -(-len(others) * len(at) // _PAIRS)):
+            apart = positions[some][:, None, :] - positions[at][None, :, :]
+            apart -= np.round(apart @ np.linalg.inv(cell)) @ cell
+            home = np.argmin(np.einsum("ijk,ijk->ij", apart, apart), axis=1)
+            arms = apart[np.arange(len(some)), home]
+            np.add.at(dipoles, home, cores[some, None] * arms)
+            np.add.at(charges, home, cores[some])
     return dipoles, charges
 
 

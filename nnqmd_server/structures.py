@@ -92,6 +92,19 @@ def replicas(numbers: Array, positions: Array, cells: Array) -> Structures:
     )
 
 
+def concatenate(parts: Sequence[Structures]) -> Structures:
+    """Batches one behind another, in the order given; one batch is not copied."""
+    if len(parts) == 1:
+        return parts[0]
+    counts = np.concatenate([np.diff(part.offsets) for part in parts])
+    return Structures(
+        np.concatenate([part.numbers for part in parts]),
+        np.concatenate([part.positions for part in parts]),
+        np.concatenate([part.cells for part in parts]),
+        np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+    )
+
+
 def from_ase(frames: Sequence[Atoms]) -> Structures:
     """Structures from ASE atoms (all periodic)."""
     counts = [len(frame) for frame in frames]

@@ -15,13 +15,13 @@ force field are one group: i-PI then has one partner, which gets the force set w
 cuts it over the pools of the nodes. One rank per node and force field is enough.
 
 When something fails, i-PI is asked to stop by the file EXIT in its folder, upon which it writes RESTART
-and says EXIT to all ranks. If it does not, the job is aborted.
+and says EXIT to all ranks. If it does not, the job is aborted. An i-PI that fails itself says nothing: it
+waits for us in MPI_Finalize. On the same node that is seen; elsewhere it is silent for too long.
 """
 
 from __future__ import annotations
 
 import enum
-import os
 import struct
 import sys
 import threading
@@ -30,14 +30,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from nnqmd_server.doors.force_sets import ForceSets
-from nnqmd_server.doors.mpi_job import GRACE, IPI, Job, end_job, wait_politely
+from nnqmd_server.doors.ipi_process import is_past_its_end, rank_zero, wrote_restart
+from nnqmd_server.doors.mpi_job import GRACE, IPI, Job, end_job
 from nnqmd_server.errors import NnqmdError, ProgramError
+from nnqmd_server.pool.ranks import wait_politely
 from nnqmd_server.structures import Array
 
 SILENCE = 3600.0
 """Longest time in which i-PI asks for nothing [s]; it may be waiting for another force field."""
+
+LOOK = 2.0
+"""How often a silent i-PI on this node is looked at, and how long EXIT may take once it has ended [s]."""
 
 
 class Tag(enum.IntEnum):
@@ -104,14 +110,14 @@ class MpiDoor:
     begin : callable
         Gives the :class:`ForceSets`; called when i-PI asks for the first time, since i-PI waits more
         quietly for an answer than for a HELLO.
-    n_beads : int
-        Beads in a force set.
+    n_beads : int, optional
+        Beads in a force set, if they are known and one group answers all of them.
     silence : float
         Longest time in which i-PI asks for nothing [s].
     """
 
     def __init__(
-        self, job: Job, begin: Callable[[], ForceSets], n_beads: int, silence: float = SILENCE
+        self, job: Job, begin: Callable[[], ForceSets], n_beads: int | None, silence: float = SILENCE
     ) -> None:
         self._job = job
         self._begin = begin
@@ -119,6 +125,7 @@ class MpiDoor:
         self._n_beads = n_beads
         self._silence = silence
         self._answered = 0
+        self._ipi: psutil.Process | None = None
         self._stop = threading.Event()
         self.failure: NnqmdError | None = None
         self.saved = False  # whether i-PI has nothing more to write after a failure
@@ -175,28 +182,43 @@ class MpiDoor:
                 )
 
     def _wait(self) -> int:
-        """The kind of the next message; ends the job when i-PI has gone silent."""
+        """The kind of the next message; ends the job when i-PI has gone, or gone silent."""
         told: float | None = None
         heard: int | None = None
+        look = time.monotonic() + LOOK
+        gone = False
 
         def done() -> bool:
-            nonlocal told, heard
+            nonlocal told, heard, look, gone
+            now = time.monotonic()
             if told is None and self._stop.is_set():
-                told = time.monotonic()
+                told = now
+            if now > look:
+                look, was_gone = now + LOOK, gone
+                gone = self._ipi is not None and is_past_its_end(self._ipi)
+                if was_gone and gone:  # twice: EXIT may be on its way
+                    return True
             heard = self._job.heard(IPI)
-            return heard is not None or (told is not None and time.monotonic() - told > GRACE)
+            return heard is not None or (told is not None and now - told > GRACE)
 
         if not wait_politely(done, self._silence):
-            end_job(f"i-PI has asked for nothing for {self._silence:.0f} s; the job is ended.")
+            end_job(
+                f"i-PI has asked for nothing for {self._silence:.0f} s; the job is ended (see --silence)."
+            )
+        if heard is None and gone:
+            end_job("i-PI has ended with an error, which it has printed; the job is ended.")
         if heard is None:
             end_job(f"i-PI has not stopped within {GRACE:.0f} s; the job is ended.")
         return int(heard)
 
     def _answer(self, h: Array, positions: Array) -> None:
         if self._sets is None:
+            self._ipi = rank_zero(self._job.number)  # it asks, so it is up
             self._sets = self._begin()
-        numbers = [(self._answered + k) % self._n_beads for k in range(len(h))]
-        beads = [range(bead, bead + 1) for bead in numbers]
+        beads = None
+        if self._n_beads:
+            numbers = [(self._answered + k) % self._n_beads for k in range(len(h))]
+            beads = [range(bead, bead + 1) for bead in numbers]
         results, extras = write_results(self._sets.evaluate(h, positions, beads))
         self._answered += len(h)
 
@@ -222,7 +244,7 @@ class MpiDoor:
             # i-PI leaves it, and would stop at once the next time.
             request.unlink(missing_ok=True)
         self._job.receive(IPI, Tag.EXIT, np.int32)
-        if wait_politely(lambda: _is_whole(Path("RESTART"), since=began), GRACE):
+        if wait_politely(lambda: wrote_restart(Path(), since=began), GRACE):
             sys.stderr.write("nnqmd: RESTART was written.\n")
             self.saved = True
 
@@ -232,14 +254,3 @@ class MpiDoor:
         except NnqmdError as error:
             self.failure = self.failure or error
             sys.stderr.write(f"nnqmd: {error}\n")
-
-
-def _is_whole(restart: Path, since: float) -> bool:
-    """Whether a RESTART has been written, to its end, after a point of time."""
-    try:
-        with restart.open("rb") as file:
-            file.seek(-min(64, restart.stat().st_size), os.SEEK_END)
-            # The clocks of file systems are coarse.
-            return restart.stat().st_mtime > since - 1.0 and file.read().strip().endswith(b"</simulation>")
-    except OSError:
-        return False

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 
 from nnqmd_server.errors import InputError, NnqmdError, ProgramError
+from nnqmd_server.pool.ranks import tell_all, wait_politely
 from nnqmd_server.structures import Array
 
 if TYPE_CHECKING:
@@ -100,20 +101,6 @@ def arrange(ranks: Sequence[Rank], number: int) -> Place:
     return Place(
         tuple(rank.number for rank in group), tuple(carriers.values()), host=host, groups=len(groups)
     )
-
-
-def wait_politely(done: Callable[[], bool], limit: float) -> bool:
-    """Wait until ``done()``, without spinning; False when that takes longer than ``limit`` [s].
-
-    MPI's own waiting burns a core, which the workers need. The sleeps add 5 % at most to the time waited.
-    """
-    began = time.monotonic()
-    while not done():
-        waited = time.monotonic() - began
-        if waited > limit:
-            return False
-        time.sleep(min(2e-3, max(2e-5, 0.05 * waited)))
-    return True
 
 
 def end_job(message: str = "") -> NoReturn:
@@ -196,15 +183,7 @@ class Job:
 
     def tell_all(self, text: str) -> list[str]:
         """What every one of our ranks says, in the order of the ranks; all must call this."""
-        data = np.frombuffer(text.encode(), np.uint8)
-        sizes = np.empty(self._ours.Get_size(), np.int32)
-        self._ours.Allgather(np.array([data.size], np.int32), sizes)
-        everything = np.empty(int(sizes.sum()), np.uint8)
-        self._ours.Allgatherv(data, [everything, sizes])
-        ends = np.cumsum(sizes)
-        return [
-            everything[end - size : end].tobytes().decode() for end, size in zip(ends, sizes, strict=True)
-        ]
+        return tell_all(self._ours, text)
 
     def pool_address(self, mine: str) -> str:
         """Address of the pool that this rank uses; ``mine`` is that of a pool it started, or nothing."""

@@ -10,9 +10,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from nnqmd_server.doors.mpi_job import Job, wait_politely
+from nnqmd_server.doors.mpi_job import Job
 from nnqmd_server.errors import NnqmdError, PoolError
 from nnqmd_server.pool.client import PoolClient
+from nnqmd_server.pool.cutting import cut
 from nnqmd_server.pool.messages import (
     BadMessageError,
     Message,
@@ -23,7 +24,7 @@ from nnqmd_server.pool.messages import (
     structures_to_arrays,
     unpack,
 )
-from nnqmd_server.pool.shares import cut
+from nnqmd_server.pool.ranks import wait_politely
 from nnqmd_server.structures import Array, Results, Structures, join
 
 TAG = 101

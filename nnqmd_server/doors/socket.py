@@ -1,14 +1,11 @@
 """The socket door: i-PI's protocol over unix, inet and shared memory, one batch per force set.
 
 i-PI listens and we connect: once per bead in the classic protocol, once per batch in the batched one.
-i-PI greets each new client before it accepts the next, and its queue of unaccepted connections is short,
-so connections are made without blocking while those that stand are already being answered.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import select
 import selectors
@@ -18,13 +15,16 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+import psutil
 
 from nnqmd_server.doors.address import Address
+from nnqmd_server.doors.connect import Connector
 from nnqmd_server.doors.force_sets import ForceSets
 from nnqmd_server.doors.gather import Gather
+from nnqmd_server.doors.ipi_process import listener_of
 from nnqmd_server.doors.segments import Segments
 from nnqmd_server.doors.wire import Conversation, Exit, InSegments, Positions, ProtocolError
-from nnqmd_server.errors import AddressError, NnqmdError, ProgramError
+from nnqmd_server.errors import NnqmdError, ProgramError
 from nnqmd_server.pool.client import GivenUpError
 from nnqmd_server.structures import Array
 
@@ -33,9 +33,12 @@ log = logging.getLogger("nnqmd.door")
 MOST_LINES = 500
 """Connections at most: i-PI watches its clients with select(), which knows 1024 files."""
 
+_REGULAR = 3
+"""Complete force sets after which i-PI is taken to give each connection its bead again."""
+
 _WRITE_TIMEOUT = 30.0
-_RETRY = (0.001, 0.1)  # shortest and longest pause between attempts to connect [s]
-_LATER = {errno.EAGAIN, errno.ECONNREFUSED, errno.ENOENT, errno.EINPROGRESS, errno.ETIMEDOUT}
+_FAREWELL = 2.0
+"""How long i-PI is given to close a connection that we have no more use for [s]."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,15 @@ class SocketDoor:
         Structures that i-PI sends at a time; learned from the first request unless given.
     patience : float
         Longest wait for i-PI to begin to listen [s].
+
+    Attributes
+    ----------
+    failure : NnqmdError, optional
+        Why the door has closed, if not because i-PI was done or ``stop`` was called.
+    left_waiting : bool
+        Whether an i-PI was left that waits for forces, because of that or because ``stop`` was called.
+    ipi : psutil.Process, optional
+        After a failure that i-PI, if it runs here and is ours.
     """
 
     def __init__(
@@ -96,19 +108,17 @@ class SocketDoor:
         self._sets = sets
         self._n_beads = n_beads
         self._batch_size = batch_size
-        self._patience = patience
         self._selector = selectors.DefaultSelector()
         self._hangups = select.poll()
         self._scratch = memoryview(bytearray(1 << 18))
         self._lines: list[_Line] = []
-        self._connecting: socket.socket | None = None
-        self._next_attempt = 0.0
-        self._pause = _RETRY[0]
-        self._opened = 0
+        self._connector = Connector(address, patience)
         self._beads_seen: set[int] = set()
         self._gather = Gather(n_beads or 1)
         self._stop = threading.Event()
         self.failure: NnqmdError | None = None
+        self.left_waiting = False
+        self.ipi: psutil.Process | None = None
 
     def stop(self) -> None:
         """Ask the door to close after what it is doing."""
@@ -118,31 +128,40 @@ class SocketDoor:
         """Serve until i-PI is done, has gone, or ``stop`` was called; a failure is kept in ``failure``."""
         try:
             self._serve()
+            self.left_waiting = bool(self._lines)
         except GivenUpError:
-            log.info("i-PI has gone while forces were computed for it")
+            self.left_waiting = self._stop.is_set()
+            log.info("forces that nobody waits for any more were given up")
         except ProtocolError as error:
             self.failure = ProgramError(
                 f"What listens at {self._address} does not speak as i-PI does: {error}.",
                 "Check that an <ffsocket> has this address, and that its mode is right.",
             )
         except NnqmdError as error:
-            self.failure = error
+            self._fail(error)
+        except Exception as error:
+            log.exception("the socket door failed")
+            what = f"The socket door failed: {error.__class__.__name__}: {error}"
+            self._fail(ProgramError(what, "Please report this, with the log."))
         finally:
-            if self._connecting:
-                self._connecting.close()
-            for line in self._lines:
-                line.close()
+            self._connector.close()
+            self._hang_up()
             self._selector.close()
             try:
                 self._sets.close()
             except NnqmdError as error:
                 self.failure = self.failure or error
 
+    def _fail(self, error: NnqmdError) -> None:
+        self.failure = error
+        self.left_waiting = bool(self._lines)
+        if self._lines:
+            self.ipi = listener_of(self._lines[0].socket)
+
     def _serve(self) -> None:
-        deadline = time.monotonic() + self._patience
         while not self._stop.is_set():
-            opening = self._open_lines(deadline)
-            if self._opened and not self._lines:
+            opening = self._open_lines()
+            if self._connector.made and not self._lines:
                 return
             self._read(self._timeout(opening))
             waiting = [line for line in self._lines if line.asked is not None]
@@ -154,7 +173,7 @@ class SocketDoor:
         """How long nothing need be done unless something arrives [s]."""
         timeout = 0.2
         if opening:
-            timeout = max(0.0, self._next_attempt - time.monotonic())
+            timeout = max(0.0, self._connector.next_attempt - time.monotonic())
         if any(line.asked is not None for line in self._lines):
             timeout = min(timeout, max(0.0, self._time_left()))
         return timeout
@@ -171,77 +190,27 @@ class SocketDoor:
             return 1
         return min(-(-(self._n_beads or 1) // self._batch_size), MOST_LINES)
 
-    def _open_lines(self, deadline: float) -> bool:
+    def _open_lines(self) -> bool:
         """Connect as far as that goes without waiting; whether more connections are wanted."""
-        while self._opened < self._wanted():
-            if self._connecting is None and time.monotonic() < self._next_attempt:
+        while self._connector.made < self._wanted():
+            new = self._connector.attempt()
+            if new is None:
                 return True
-            error = self._connect()
-            if error == 0:
-                self._pause = _RETRY[0]
-                continue
-            if self._connecting is None:
-                self._check_patience(error, deadline)
-                self._pause = min(2 * self._pause, _RETRY[1])
-            self._next_attempt = time.monotonic() + self._pause
-            return True
+            self._begin(new)
         return False
 
-    def _connect(self) -> int:
-        """Begin or end an attempt to connect; 0, or why it is not done."""
-        unix = self._address.mode != "inet"
-        if self._connecting is None:
-            family = socket.AF_UNIX if unix else socket.AF_INET
-            target = self._address.path if unix else (self._address.host, self._address.port)
-            try:
-                self._connecting = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-                error = self._connecting.connect_ex(target)
-            except OSError as problem:  # a host that is not known, a name too long, too many open files
-                raise AddressError(
-                    f"Cannot connect to i-PI at {self._address}: {problem}.",
-                    "Check the address, and `ulimit -n` when there are many beads.",
-                ) from problem
-        else:
-            ready = select.poll()
-            ready.register(self._connecting, select.POLLOUT)
-            if not ready.poll(0):
-                return errno.EINPROGRESS
-            error = self._connecting.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if error == errno.EINPROGRESS:
-            return error
-        new, self._connecting = self._connecting, None
-        if error:
-            new.close()
-            return error
-        self._begin(new)
-        return 0
-
     def _begin(self, new: socket.socket) -> None:
-        if self._address.mode == "inet":
-            new.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         line = _Line(new, Conversation(self._asks_bead(), segments=self._address.mode == "shm"))
-        self._opened += 1
         self._lines.append(line)
         self._selector.register(new, selectors.EVENT_READ, line)
         self._hangups.register(new, select.POLLRDHUP | select.POLLHUP)
 
-    def _check_patience(self, error: int, deadline: float) -> None:
-        if self._opened:
-            return
-        if error not in _LATER:
-            raise AddressError(
-                f"Cannot connect to i-PI at {self._address}: {errno.errorcode.get(error, error)}.",
-                "Check the address.",
-            )
-        if time.monotonic() > deadline:
-            raise AddressError(
-                f"Nobody has listened at {self._address} for {self._patience:.0f} s.",
-                "Start i-PI, or check that its <ffsocket> has this address.",
-            )
-
     def _asks_bead(self) -> bool:
-        # In batches it costs next to nothing, and the beads of a first force set may all be the same.
-        return self._sets.needs_beads or self._n_beads is None or self._batch_size != 1
+        # In batches it costs next to nothing, and the beads of a first force set may all be the same. Else it
+        # costs half as much again: i-PI gives every connection the bead that it had before, so once each
+        # has its own they are known.
+        regular = self._sets.order.regular >= _REGULAR
+        return self._sets.needs_beads or self._n_beads is None or self._batch_size != 1 or not regular
 
     # -- what i-PI says --------------------------------------------------------------------------------
 
@@ -285,9 +254,24 @@ class SocketDoor:
                 self._n_beads = len(self._beads_seen)
                 self._gather.whole = self._n_beads
                 log.info("i-PI has %d beads", self._n_beads)
-                for other in self._lines:
-                    other.talk.asks_bead = self._asks_bead()
             self._beads_seen |= numbers
+
+    def _hang_up(self) -> None:
+        """Close the connections so that i-PI goes on with another client, or ends when it is told to.
+
+        The poll thread of i-PI 3.3 dies of a connection that is reset, which is what it gets when bytes
+        are left unread here. So it is told first that nothing more comes, and heard until it has closed.
+        """
+        for line in self._lines:
+            with contextlib.suppress(OSError):
+                line.socket.shutdown(socket.SHUT_WR)
+        until = time.monotonic() + _FAREWELL
+        while self._lines and (left := until - time.monotonic()) > 0:
+            for key, _ in self._selector.select(left):
+                if _is_over(key.fileobj, self._scratch):
+                    self._end(key.data)
+        for line in list(self._lines):
+            self._end(line)
 
     def _end(self, line: _Line) -> None:
         self._selector.unregister(line.socket)
@@ -327,6 +311,9 @@ class SocketDoor:
         )
         for line in lines:
             line.asked = None
+        if (asks := self._asks_bead()) != lines[0].talk.asks_bead:
+            for line in self._lines:
+                line.talk.asks_bead = asks
         self._read(0.0)  # what has come meanwhile came unasked: the wait was too short
         self._gather.answered()
         first = 0
@@ -344,6 +331,16 @@ class SocketDoor:
     def _abandoned(self) -> bool:
         """Whether every connection has been hung up, or the door is to close."""
         return self._stop.is_set() or len(self._hangups.poll(0)) == len(self._lines)
+
+
+def _is_over(connection: socket.socket, scratch: memoryview) -> bool:
+    """Whether the other side has closed; what it has said instead is dropped."""
+    try:
+        return connection.recv_into(scratch) == 0
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 def _without_padding(bead: int, h: Array, positions: Array) -> _Asked:

@@ -37,7 +37,8 @@ def read_numbers(path: str | Path) -> Array:
         else:
             from ase.io import read
 
-            symbols = read(path).get_chemical_symbols()
+            # In an MPI job ASE would wait for all ranks, i-PI too, to read with it.
+            symbols = read(path, parallel=False).get_chemical_symbols()
     except FileNotFoundError:
         raise InputError(
             f"There is no template structure {path}.", "Give the file that initialises i-PI."
@@ -64,3 +65,22 @@ def to_numbers(symbols: Sequence[str], source: object) -> Array:
             f"{source} names no elements: {', '.join(unknown)}.", "Use chemical symbols as atom names."
         )
     return np.array([atomic_numbers[s] for s in symbols], dtype=np.int64)
+
+
+def by_size(templates: Sequence[Array]) -> dict[int, Array]:
+    """Atomic numbers of several systems by their number of atoms, which is all that i-PI tells of them.
+
+    Raises
+    ------
+    InputError
+        Two have the same number of atoms and not the same elements in the same order.
+    """
+    found: dict[int, Array] = {}
+    for numbers in templates:
+        if not np.array_equal(found.setdefault(len(numbers), numbers), numbers):
+            raise InputError(
+                f"Two systems of {len(numbers)} atoms have different elements, and i-PI sends only positions:"
+                " one force field cannot tell them apart.",
+                "Give each system a force field of its own; `nnqmd run` does that by itself.",
+            )
+    return found

@@ -10,23 +10,37 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ase.data import chemical_symbols
 
 from nnqmd_server.doors.address import free_socket, ipi_address, stale_socket
+from nnqmd_server.doors.extras import share_extras
 from nnqmd_server.doors.force_sets import ForceSets
 from nnqmd_server.doors.socket import SocketDoor, serve_in_thread
-from nnqmd_server.errors import InputError, OutputError, ProgramError
-from nnqmd_server.inputs.xml import ForceField, IpiInput, read_elements, read_input, write_run_copy
-from nnqmd_server.pool.client import PoolClient
+from nnqmd_server.errors import OutputError, ProgramError
+from nnqmd_server.inputs.parts import Part, check_all_are_asked, equip, find_parts, records_of, separate
+from nnqmd_server.inputs.xml import (
+    ForceField,
+    IpiInput,
+    describe,
+    parse,
+    read_input,
+    set_steps,
+    with_full_paths,
+)
+from nnqmd_server.pool.client import PoolClient, cards_of
 from nnqmd_server.potentials.base import unknown_elements
-from nnqmd_server.potentials.package import read_card
+from nnqmd_server.potentials.load import card_of
 
 SOFT_EXIT_TIMEOUT = 20.0
 """How long i-PI may take to write RESTART after it was asked to stop [s]."""
+
+LAST_STEP = 3.0
+"""How long it may take over its last step meanwhile; then forces that it still waits for are given up [s]."""
 
 _FULL = 1 << 16  # bytes; a disk with less than this left is full for all that is written here
 
@@ -55,52 +69,6 @@ def find_ipi() -> str:
     return found
 
 
-def our_force_field(plan: IpiInput) -> ForceField:
-    """The force field of an input that we can answer.
-
-    Raises
-    ------
-    InputError
-        There is none, or it is set up so that it would be slow or never answered.
-    """
-    usable = [f for f in plan.force_fields if f.kind == "socket" or _is_ours(f, plan.path)]
-    if not usable:
-        raise InputError(
-            f"{plan.path} has no force field that nnqmd can answer.",
-            "Add <ffdirect> with <pes>custom</pes> and the nnqmd_pes.py of ipi_inputs/, or an <ffsocket>.",
-        )
-    if len(usable) > 1:
-        raise InputError(
-            f"{plan.path} has {len(usable)} force fields that nnqmd could answer.",
-            "`nnqmd run` takes inputs with one.",
-        )
-    field = usable[0]
-    if field.kind == "direct" and field.batch_size != plan.n_beads:
-        raise InputError(
-            f"<batch_size> is {field.batch_size} and the simulation has {plan.n_beads} beads.",
-            f"Set <batch_size>{plan.n_beads}</batch_size>, so that i-PI asks for all beads at once.",
-        )
-    if field.kind == "socket" and field.mode not in {"unix", "inet", "shm"}:
-        raise InputError(
-            f"The <ffsocket> has mode {field.mode!r}.",
-            "Use mode='unix', 'inet' or 'shm', or the direct door (<ffdirect>).",
-        )
-    if field.batch_size < 1:
-        raise InputError(f"<batch_size> is {field.batch_size}.", "Set it to the number of beads.")
-    return field
-
-
-def _is_ours(field: ForceField, path: Path) -> bool:
-    if field.kind != "direct" or field.mode != "custom":
-        return False
-    try:
-        return "nnqmd_server" in (path.resolve().parent / field.pes_path).read_text()
-    except OSError as error:
-        raise InputError(
-            f"{path} names the PES {field.pes_path}, which cannot be read: {error}.", "Correct <pes_path>."
-        ) from error
-
-
 def _socket_file(field: ForceField) -> Path | None:
     """The unix socket at which an i-PI with this force field listens."""
     if field.kind != "socket" or field.mode == "inet":
@@ -108,34 +76,46 @@ def _socket_file(field: ForceField) -> Path | None:
     return Path(ipi_address(field.mode, field.address).path)
 
 
-def check(source: Path, model: Path, remove_stale: bool = False) -> IpiInput:
+def check(
+    source: Path, models: Mapping[str, str], remove_stale: bool = False, leave: Collection[str] = ()
+) -> tuple[IpiInput, list[Part]]:
     """Find what would stop a run before anything is started.
 
     Parameters
     ----------
     source : Path
         The i-PI input.
-    model : Path
-        The packaged model.
+    models : mapping of str to str
+        Sources of the potentials by name.
     remove_stale : bool
-        Remove the socket file that a killed i-PI has left behind.
+        Remove the socket files that a killed i-PI has left behind.
+    leave : collection of str
+        Names of force fields that somebody else answers.
+
+    Returns
+    -------
+    tuple
+        The input as it will be run, and the parts of its forces that we answer.
 
     Raises
     ------
     NnqmdError
-        The input, the model, the elements, i-PI itself or a socket it needs is not as it should be.
+        The input, a model, the elements, i-PI itself or a socket it needs is not as it should be.
     """
-    plan = read_input(source)
-    card = read_card(model)
-    field = our_force_field(plan)
+    cards = {name: card_of(model) for name, model in models.items()}
+    root = parse(source)
+    separate(root, source, leave)
+    parts = find_parts(root, source, models, leave)
+    check_all_are_asked(parts, models, source)
     find_ipi()
-    if path := _socket_file(field):
-        free_socket(path, remove_stale)
-    numbers = set(read_elements(source).tolist())
-    unknown = sorted(chemical_symbols[z] for z in numbers if chemical_symbols[z] not in card.elements)
-    if unknown:
-        raise unknown_elements(card, unknown)
-    return plan
+    for part in parts:
+        if path := _socket_file(part.field):
+            free_socket(path, remove_stale)
+        card = cards[part.potential]
+        symbols = {chemical_symbols[z] for z in part.numbers.tolist()}
+        if card and (unknown := sorted(symbols - set(card.elements))):
+            raise unknown_elements(card, unknown)
+    return describe(root, source), parts
 
 
 def make_folder(folder: Path, force: bool) -> None:
@@ -177,51 +157,112 @@ class Run:
         Another number of steps.
     extras : tuple of str
         Properties that i-PI gets as extras, for sockets; the direct door reads them from the input.
+    leave : collection of str
+        Names of force fields that somebody else answers.
     """
 
     def __init__(
-        self, source: Path, folder: Path, pool: str, steps: int | None = None, extras: tuple[str, ...] = ()
+        self,
+        source: Path,
+        folder: Path,
+        pool: str,
+        steps: int | None = None,
+        extras: tuple[str, ...] = (),
+        leave: Collection[str] = (),
     ) -> None:
-        self.field = our_force_field(read_input(source))
-        program = find_ipi()
-        copy = write_run_copy(source, folder, steps)
-        self.plan = read_input(copy)
+        cards = cards_of(pool)
+        with_dipoles = [name for name, card in cards.items() if "dipole" in card["properties"]]
+        self._prepare(source, folder, cards, with_dipoles, steps, leave)
+        command = [sys.executable, "-m", "nnqmd_server.inputs.leash", find_ipi(), "input.xml"]
+        sockets = [
+            (part, record)
+            for part, record in zip(self.parts, self.records, strict=True)
+            if part.field.kind == "socket"
+        ]
+        shared = share_extras(extras, [cards[part.potential] for part, _ in sockets])
+        self._doors = [
+            self._make_door(part, record, pool, wanted)
+            for (part, record), wanted in zip(sockets, shared, strict=True)
+        ]
+        self._start(command, {"NNQMD_POOL": pool})
+
+    def _prepare(
+        self,
+        source: Path,
+        folder: Path,
+        potentials: Collection[str],
+        with_dipoles: Collection[str],
+        steps: int | None,
+        leave: Collection[str],
+    ) -> None:
+        """Write the input that is run, and find who answers which part of its forces."""
+        root = parse(source)
+        with_full_paths(root, source)
+        separate(root, source, leave)
+        self.parts = find_parts(root, source, potentials, leave)
+        self.with_dipoles = with_dipoles
+        self.records = records_of(self.parts, describe(root, source), with_dipoles)
+        equip(root, self.parts, self.records, folder)
+        if steps is not None:
+            set_steps(root, steps)
+        ET.ElementTree(root).write(folder / "input.xml", encoding="unicode")
+        self.plan = read_input(folder / "input.xml")
         self.folder = folder
         self.log = folder / "i-pi.log"
-        self._door: SocketDoor | None = None
+        self._doors: list[SocketDoor] = []
+
+    def _start(self, command: Sequence[str], settings: Mapping[str, str]) -> None:
         self._started = time.monotonic()
-        if self.field.kind == "socket":
-            self._door = self._make_door(pool, extras)
-        environment = {**os.environ, "NNQMD_POOL": pool, "OMP_NUM_THREADS": "1"}
         with self.log.open("w") as output:
             # A session of its own: Ctrl-C is ours to pass on, as a request to stop softly.
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "nnqmd_server.inputs.leash", program, copy.name],
-                cwd=folder,
-                env=environment,
+                command,
+                cwd=self.folder,
+                env={**os.environ, "OMP_NUM_THREADS": "1", **settings},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
-        self._thread = serve_in_thread(self._door) if self._door else None
+        self._threads = [serve_in_thread(door) for door in self._doors]
 
-    def _make_door(self, pool: str, extras: tuple[str, ...]) -> SocketDoor:
+    def _make_door(self, part: Part, record: Path | None, pool: str, extras: Sequence[str]) -> SocketDoor:
+        client = PoolClient(pool, potential=part.potential)
+        own = "" if len(self.parts) == 1 else f"-{part.name}"
         sets = ForceSets(
-            PoolClient(pool),
-            read_elements(self.plan.path),
-            self.plan.n_beads,
-            self.folder / "dipoles.h5",
+            client,
+            part.numbers,
+            part.force.n_beads,
+            self.folder / record if record else None,
             extras,
-            self.folder / "quarantine.extxyz",
+            self.folder / f"quarantine{own}.extxyz",
         )
-        where = ipi_address(self.field.mode, self.field.address, self.field.port)
-        return SocketDoor(where, sets, self.plan.n_beads, self.field.batch_size)
+        where = ipi_address(part.field.mode, part.field.address, part.field.port)
+        return SocketDoor(where, sets, part.force.n_beads, part.field.batch_size)
+
+    def steps_done(self, structures: int) -> int:
+        """Steps that are done when the pool has evaluated some number of structures for this run.
+
+        Each part has been asked once for the initial configuration, and since then as often as its level
+        of multiple time stepping says.
+        """
+        per_step = sum(part.force.n_beads * part.force.per_step for part in self.parts)
+        first = sum(part.force.n_beads for part in self.parts if part.force.per_step)
+        return max(0, structures - first) // max(1, per_step)
 
     def temperature(self) -> float | None:
         """The newest temperature [K] in i-PI's property file, if it writes one."""
-        for path in sorted(self.folder.glob(f"{self.plan.prefix}.*")):
-            found = _last_property(path, "temperature")
+        return self._printed("temperature")
+
+    def steps_printed(self) -> int:
+        """The newest step in i-PI's property file, less those of earlier runs; 0 if it writes none."""
+        return max(0, int(self._printed("step") or 0) - self.plan.first_step)
+
+    def _printed(self, name: str) -> float | None:
+        prefixes = [f"{system.prefix}_" * bool(system.prefix) for system in self.plan.systems]
+        paths = [path for p in prefixes for path in sorted(self.folder.glob(f"{p}{self.plan.prefix}.*"))]
+        for path in paths:
+            found = _last_property(path, name)
             if found is not None:
                 return found
         return None
@@ -236,12 +277,11 @@ class Run:
         """
         while self._process.poll() is None:
             tell()
-            if self._door and self._door.failure:
+            if any(door.failure for door in self._doors):
                 break
             time.sleep(interval)
         self.stop()
-        if self._door and self._door.failure:
-            error = self._door.failure
+        for error in [door.failure for door in self._doors if door.failure][:1]:
             raise ProgramError(f"{error.what}{self._kept()}", error.fix) from error
         tell()
         self._check_end()
@@ -253,22 +293,34 @@ class Run:
         """Ask i-PI to stop softly, so that it writes RESTART; kill it if it does not."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
-            try:
-                self._process.wait(SOFT_EXIT_TIMEOUT)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-        if self._door:
-            self._door.stop()
-        if self._thread:
-            self._thread.join(timeout=10)
-        self._clear_socket()
+            if not self._ends_within(LAST_STEP):
+                # It looks at signals when no client owes it an answer.
+                self._stop_doors()
+                if not self._ends_within(SOFT_EXIT_TIMEOUT):
+                    self._process.kill()
+                    self._process.wait()
+        self._stop_doors()
+        for thread in self._threads:
+            thread.join(timeout=10)
+        self._clear_sockets()
 
-    def _clear_socket(self) -> None:
-        """Remove the socket file that our i-PI leaves behind when it is killed."""
-        path = _socket_file(self.field)
-        if path and stale_socket(path):
-            path.unlink(missing_ok=True)
+    def _stop_doors(self) -> None:
+        for door in self._doors:
+            door.stop()
+
+    def _ends_within(self, seconds: float) -> bool:
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def _clear_sockets(self) -> None:
+        """Remove the socket files that our i-PI leaves behind when it is killed."""
+        for part in self.parts:
+            path = _socket_file(part.field)
+            if path and stale_socket(path):
+                path.unlink(missing_ok=True)
 
     def _kept(self) -> str:
         restart = self.folder / "RESTART"

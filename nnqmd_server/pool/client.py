@@ -6,16 +6,26 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from socket import gethostname
+from uuid import uuid4
 
+import numpy as np
 import zmq
 
-from nnqmd_server.errors import PoolError, StructureError
+from nnqmd_server.errors import InputError, NnqmdError, PoolError, StructureError
+from nnqmd_server.memory import keep_buffers
+from nnqmd_server.pool.bulk import Bulk, near
+from nnqmd_server.pool.gate import connect
+from nnqmd_server.pool.link import keep_alive
 from nnqmd_server.pool.messages import (
-    MAX_MESSAGE,
+    LARGE,
     BadMessageError,
     Message,
     arrays_to_results,
-    pack,
+    receive,
+    send,
     structures_to_arrays,
     unpack,
 )
@@ -27,8 +37,20 @@ def default_address() -> str:
     return os.environ.get("NNQMD_POOL") or f"ipc://{tempfile.gettempdir()}/nnqmd-{os.getuid()}/pool"
 
 
+def default_name() -> str:
+    """What a simulation is called unless it says more: the folder that it runs in, and its process."""
+    try:
+        folder = Path.cwd().name
+    except OSError:  # the folder has been removed meanwhile
+        folder = ""
+    return f"{folder or gethostname()}:{os.getpid()}"
+
+
 RESEND = 1.0
 """How often a door asks whether the pool still knows its request [s]."""
+
+GLANCE = 0.2
+"""How often it is looked whether anybody still waits for the answer [s]."""
 
 
 class GivenUpError(PoolError):
@@ -47,49 +69,122 @@ class PoolClient:
         Where the pool listens for doors.
     patience : float
         Longest wait for an answer [s].
+    potential : str
+        Which of the pool's potentials is asked; may be left out when it has one.
+    name : str
+        What this simulation is called in displays; its folder and process unless given.
+    keys : str or Path, optional
+        Key file for TCP; ``$NNQMD_KEYS`` unless given.
+
+    Raises
+    ------
+    AddressError
+        TCP beyond this machine without keys, or unusable ones.
     """
 
-    def __init__(self, address: str, patience: float = 600.0) -> None:
+    def __init__(
+        self,
+        address: str,
+        patience: float = 600.0,
+        potential: str = "",
+        name: str = "",
+        keys: str | Path | None = None,
+    ) -> None:
+        keep_buffers()
         self.address = address
+        self.potential = potential
         self.patience = patience
         self._request = 0
+        self._bulk = Bulk() if near(address) else None
+        self._near = False
+        # Whoever it is that asks, also after the connection was lost; the name is for displays.
+        self._who = {"client": uuid4().hex, "name": name or default_name()}
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE)
         # Nothing is queued for a pool that is not there: it would all arrive at the next one.
         self._socket.setsockopt(zmq.IMMEDIATE, 1)
+        keep_alive(self._socket)
         self._socket.setsockopt(zmq.RECONNECT_IVL, 50)
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
-        self._socket.connect(address)
+        try:
+            self._refusals = connect(self._socket, address, keys, "door")
+        except NnqmdError:
+            self._context.destroy(linger=0)
+            raise
 
     def close(self) -> None:
         """Close the connection."""
+        self._refusals.close()
+        if self._bulk is not None:
+            self._bulk.close()
         self._context.destroy(linger=0)
 
     def card(self, patience: float | None = None) -> dict:
-        """The card of the model that is served, as soon as a worker is ready.
+        """The card of the potential that is asked, as soon as a worker is ready for it.
+
+        Raises
+        ------
+        InputError
+            The pool has several potentials and none was named.
+        PoolError
+            Nobody answers, or no worker has become ready in time.
+        """
+        patience = self.patience if patience is None else patience
+        deadline = time.monotonic() + patience
+        heard: list[str] | None = None
+        while True:
+            if self._send(Message("status", self._probe())):
+                status = self._receive(min(RESEND, max(0.05, deadline - time.monotonic())))
+                if status is not None and status.kind == "status":
+                    cards = status.fields["cards"]
+                    self._near = bool(status.fields.get("near"))
+                    heard = sorted(cards)
+                    self._choose(heard)
+                    if self.potential in cards:
+                        return cards[self.potential]
+            if time.monotonic() > deadline:
+                if heard:
+                    what = f"The pool at {self.address} has no potential {self.potential!r}, but "
+                    raise PoolError(what + f"{', '.join(heard)}.", "Name one of these.")
+                if heard is not None:
+                    raise PoolError(
+                        f"No worker of the pool at {self.address} is ready.", "See the workers' logs."
+                    )
+                raise self._silence(patience)
+            time.sleep(0.05)
+
+    def _probe(self) -> dict[str, list[int]]:
+        """A piece of our memory, to see whether the pool can reach it."""
+        return {} if self._bulk is None else {"memory": self._bulk.find(self._bulk.room(8))}
+
+    def status(self, patience: float | None = None) -> dict:
+        """What the pool says of itself; see :class:`~nnqmd_server.pool.scheduler.Status`.
 
         Raises
         ------
         PoolError
-            Nobody answers, or no worker has become ready in time.
+            Nobody answers in time.
         """
-        deadline = time.monotonic() + (self.patience if patience is None else patience)
-        heard = False
+        patience = self.patience if patience is None else patience
+        deadline = time.monotonic() + patience
+        sent = False
         while True:
-            if self._send(Message("status")):
-                status = self._receive(min(RESEND, max(0.05, deadline - time.monotonic())))
-                heard = heard or status is not None
-                if status is not None and status.kind == "status" and status.fields.get("card"):
-                    return status.fields["card"]
+            sent = self._send(Message("status")) or sent
+            status = self._receive(min(RESEND if sent else 0.05, max(0.0, deadline - time.monotonic())))
+            if status is not None and status.kind == "status":
+                return status.fields
             if time.monotonic() > deadline:
-                if heard:
-                    raise PoolError(
-                        f"No worker of the pool at {self.address} is ready.", "See the workers' logs."
-                    )
-                raise self._silence(deadline)
-            time.sleep(0.05)
+                raise self._silence(patience)
+
+    def _choose(self, names: list[str]) -> None:
+        if not self.potential and len(names) == 1:
+            self.potential = names[0]
+        if not self.potential and names:
+            raise InputError(
+                f"The pool at {self.address} has several potentials: {', '.join(names)}.",
+                "Say which one: `potential` in <parameters>, or --potential.",
+            )
 
     def submit(self, structures: Structures, given_up: Callable[[], bool] | None = None) -> Results:
         """Evaluate one force set; blocks until its results are there.
@@ -99,7 +194,7 @@ class PoolClient:
         structures : Structures
             The force set.
         given_up : callable, optional
-            Asked every second whether nobody waits for the answer any more.
+            Asked several times a second whether nobody waits for the answer any more.
 
         Raises
         ------
@@ -111,33 +206,63 @@ class PoolClient:
             Some structures could not be evaluated, or have forces that may not reach a simulation.
         """
         self._request += 1
-        evaluate = Message("evaluate", {"request": self._request}, structures_to_arrays(structures))
-        waiting = Message("waiting", {"request": self._request})
+        evaluate = self._evaluate(structures)
+        waiting = Message("waiting", {"request": self._request, **self._who})
         deadline = time.monotonic() + self.patience
-        sent = self._send(evaluate)
-        while True:
-            answer = self._receive(min(RESEND, max(0.0, deadline - time.monotonic())))
-            if answer is not None and answer.fields.get("request") == self._request:
-                if answer.kind == "done":
-                    return self._results(answer, structures)
-                if answer.kind in {"failed", "refused"}:
-                    raise self._failure(answer)
-                if answer.kind == "unknown":
-                    sent = self._send(evaluate)
-            elif answer is None:
-                if given_up is not None and given_up():
-                    raise GivenUpError("Nobody waits for these forces any more.")
-                if time.monotonic() > deadline:
-                    raise self._silence(deadline)
-                sent = self._send(waiting if sent else evaluate) or sent
+        clean = False
+        sent = times = int(self._send(evaluate))
+        again = time.monotonic() + RESEND
+        try:
+            while True:
+                answer = self._receive(min(GLANCE, max(0.0, deadline - time.monotonic())))
+                if answer is not None and answer.fields.get("request") == self._request:
+                    if answer.kind == "done":
+                        clean = times == 1 and bool(answer.fields.get("clean"))
+                        return self._results(answer, structures)
+                    if answer.kind == "refused" and self._near:  # another pool, which cannot reach our memory
+                        self._near = False
+                        evaluate = self._evaluate(structures)
+                        sent = self._send(evaluate)
+                    elif answer.kind in {"failed", "refused"}:
+                        raise self._failure(answer)
+                    elif answer.kind == "unknown":
+                        sent = self._send(evaluate)
+                        times += 1
+                elif answer is None:
+                    if given_up is not None and given_up():
+                        raise GivenUpError("Nobody waits for these forces any more.")
+                    if time.monotonic() > deadline:
+                        raise self._silence(self.patience)
+                    if not sent:
+                        sent = self._send(evaluate)
+                        times += sent
+                    elif time.monotonic() > again:
+                        self._send(waiting)
+                        again = time.monotonic() + RESEND
+        finally:
+            if self._bulk is not None and not clean:
+                self._bulk.retire()  # somebody may still write forces of this force set into it
+
+    def _evaluate(self, structures: Structures) -> Message:
+        fields = {"request": self._request, "potential": self.potential, **self._who}
+        arrays = structures_to_arrays(structures)
+        size = structures.positions.nbytes
+        if self._near and size >= LARGE:
+            room = self._bulk.room(2 * size)
+            arrays["positions"] = room[:size].view(np.float64).reshape(-1, 3)
+            arrays["positions"][:] = structures.positions
+            fields["forces"] = self._bulk.find(room[size:])
+        return Message("evaluate", fields, arrays)
 
     def _results(self, answer: Message, structures: Structures) -> Results:
         try:
-            return arrays_to_results(answer.arrays, structures)
+            results = arrays_to_results(answer.arrays, structures)
         except BadMessageError as error:
             raise PoolError(
                 f"The pool at {self.address} answered with {error}.", "Use one version of nnqmd everywhere."
             ) from error
+        # The next force set is written where these forces lie.
+        return replace(results, forces=results.forces.copy()) if self._near else results
 
     @staticmethod
     def _failure(answer: Message) -> PoolError:
@@ -145,8 +270,7 @@ class PoolClient:
         suspects = tuple(int(k) for k in answer.fields.get("suspects") or ())
         return StructureError(what, fix, suspects) if suspects else PoolError(what, fix)
 
-    def _silence(self, deadline: float) -> PoolError:
-        waited = self.patience + time.monotonic() - deadline
+    def _silence(self, waited: float) -> PoolError:
         return PoolError(
             f"The pool at {self.address} has not answered for {waited:.0f} s.",
             "Start it with `nnqmd serve`, or give the address at which it listens.",
@@ -155,17 +279,42 @@ class PoolClient:
     def _send(self, message: Message) -> bool:
         """Send if somebody is there; whether it was sent."""
         try:
-            self._socket.send_multipart(pack(message), flags=zmq.NOBLOCK)
+            send(self._socket, message, flags=zmq.NOBLOCK, bulk=self._bulk if self._near else None)
         except zmq.Again:
             return False
         return True
 
     def _receive(self, timeout: float) -> Message | None:
         if not self._socket.poll(timeout * 1000):
+            refused = self._refusals.why()
+            if refused is not None:
+                raise refused
             return None
         try:
-            return unpack(self._socket.recv_multipart())
+            return unpack(receive(self._socket), self._bulk)
         except BadMessageError as error:
             raise PoolError(
                 f"What answers at {self.address} is not our pool: {error}.", "Check the address."
             ) from error
+
+
+def cards_of(address: str, patience: float = 60.0) -> dict[str, dict]:
+    """The cards of all potentials of a pool, by name, as soon as a worker is ready.
+
+    Raises
+    ------
+    PoolError
+        Nobody answers, or no worker has become ready in time.
+    """
+    client = PoolClient(address, patience)
+    deadline = time.monotonic() + patience
+    try:
+        while True:
+            cards = client.status(max(0.1, deadline - time.monotonic()))["cards"]
+            if cards:
+                return cards
+            if time.monotonic() > deadline:
+                raise PoolError(f"No worker of the pool at {address} is ready.", "See the workers' logs.")
+            time.sleep(0.05)
+    finally:
+        client.close()

@@ -3,75 +3,26 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import socket
 import stat
-import subprocess
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import zmq
 
 from nnqmd_server.errors import AddressError, NnqmdError, OutputError, PoolError
-from nnqmd_server.pool.client import PoolClient
-from nnqmd_server.pool.scheduler import Pool, Status
-from nnqmd_server.potentials.package import read_card
-
-STOP_TIMEOUT = 10.0
-"""How long a worker may take to finish its last share before it is killed [s]."""
-
-
-def count_gpus() -> int:
-    """NVIDIA GPUs that this process may use, found without importing torch."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([v for v in visible.split(",") if v.strip() and v.strip() != "-1"])
-    if not shutil.which("nvidia-smi"):
-        return 0
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return 0
-    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How many workers on which device, and how many threads each has."""
-
-    workers: int
-    device: str
-    threads: int = 1
-
-
-def plan(workers: int | None = None, device: str = "auto") -> Plan:
-    """One worker per GPU, or one single-threaded worker per core where there is no GPU."""
-    gpus = count_gpus() if device in {"auto", "cuda"} else 0
-    if device == "cuda" and not gpus:
-        raise PoolError("No GPU was found.", "Leave out --device, or use --device cpu.")
-    if gpus:
-        return Plan(workers or gpus, "cuda")
-    return Plan(workers or len(os.sched_getaffinity(0)), "cpu")
-
-
-def worker_settings(threads: int = 1) -> dict[str, str]:
-    """Environment of a worker process.
-
-    The workers share the cores among them, one thread each. Every evaluation takes and frees the same large
-    buffers; glibc would give them back to the system each time and spend a quarter of a CPU worker's time
-    on fresh pages, so it is told to keep them (mallopt(3)).
-    """
-    return {
-        "OMP_NUM_THREADS": str(threads),
-        "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-        "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
-        "MALLOC_TOP_PAD_": str(1 << 26),
-    }
+from nnqmd_server.pool.dispatch import Observer
+from nnqmd_server.pool.gate import is_tcp
+from nnqmd_server.pool.keys import pool_keys
+from nnqmd_server.pool.processes import Processes, Recipe, plan
+from nnqmd_server.pool.scheduler import Pool, Recorder, Status
+from nnqmd_server.pool.watch import Watch
+from nnqmd_server.potentials.load import card_of
 
 
 def private_folder(folder: Path) -> Path:
@@ -93,16 +44,10 @@ def private_folder(folder: Path) -> Path:
 
 def _free(address: str) -> None:
     """Make sure that nobody listens at an address yet; a socket file that nobody listens on is removed."""
-    if address.startswith("tcp://"):
-        host = address.removeprefix("tcp://").rpartition(":")[0]
-        if host not in {"127.0.0.1", "localhost", "[::1]"}:
-            raise AddressError(
-                f"{address} can be reached from other machines, and connections are not authenticated.",
-                "Use tcp://127.0.0.1:PORT, or an ipc:// address.",
-            )
+    if is_tcp(address):
         return
     if not address.startswith("ipc://"):
-        raise AddressError(f"{address} is not an address.", "Use ipc:///folder/name or tcp://127.0.0.1:PORT.")
+        raise AddressError(f"{address} is not an address.", "Use ipc:///folder/name or tcp://HOST:PORT.")
     path = Path(address.removeprefix("ipc://"))
     if len(str(path)) > 100:
         raise AddressError(f"The socket path {path} is longer than 100 characters.", "Choose a shorter one.")
@@ -119,51 +64,96 @@ def _free(address: str) -> None:
         )
 
 
+def join_address(address: str) -> str:
+    """Where workers of this machine join the pool that listens for doors at an ipc address."""
+    return f"{address}-workers"
+
+
 class LocalPool:
     """A pool and its workers on this machine.
 
     Parameters
     ----------
-    model : Path
-        The packaged model.
+    models : mapping of str to str
+        Sources of the potentials by name, see :func:`nnqmd_server.potentials.load.parse_models`; every
+        worker holds all of them.
     logs : Path
         Folder for the workers' logs.
     address : str, optional
-        Where doors ask; a private ipc socket unless given.
+        Where doors ask; a private ipc socket unless given. One of TCP is served beside that one.
     workers, device : optional
-        See :func:`plan`.
+        See :func:`plan`; 0 workers for a pool that others join.
     eager : bool
         Do not compile the model.
+    deterministic : bool
+        Cut every force set into as many even parts as there are workers now, whatever becomes of them.
+    observe : callable, optional
+        See :class:`Pool`.
+    join : str, optional
+        TCP address at which workers of other machines join.
+    keys : Path, optional
+        Key file of the pool, needed for TCP beyond this machine; ``$NNQMD_KEYS`` unless given.
+    hashes : mapping of str to str, optional
+        SHA-256 that a model must have, by name.
+
+    Raises
+    ------
+    AddressError
+        An address is taken or not allowed, or the keys are unusable.
+    ModelError
+        What is given is no model.
+    OutputError
+        The logs cannot be written.
     """
 
     def __init__(
         self,
-        model: Path,
+        models: Mapping[str, str],
         logs: Path,
         address: str | None = None,
         workers: int | None = None,
         device: str = "auto",
         eager: bool = False,
+        deterministic: bool = False,
+        observe: Observer | None = None,
+        join: str = "",
+        keys: Path | None = None,
+        hashes: Mapping[str, str] | None = None,
     ) -> None:
-        self.card = read_card(model)
+        cards = {name: card_of(source) for name, source in models.items()}  # what is no model is found first
+        self.models = models
         self.plan = plan(workers, device)
         self._folder = Path(tempfile.mkdtemp(prefix="nnqmd-"))
-        self.address = address or f"ipc://{self._folder}/pool"
-        back = f"ipc://{self._folder}/workers"
-        self._processes: list[subprocess.Popen] = []
+        self.own_address = address if address and not is_tcp(address) else f"ipc://{self._folder}/pool"
+        self.address = address or self.own_address
+        self.join = join
+        back = join_address(self.own_address)
+        self._processes: Processes | None = None
         self._watching = threading.Event()
         self._logs = logs
         self._pool: Pool | None = None
         try:
-            _free(self.address)
-            self._pool = Pool(self.address, back)
+            doors = list(dict.fromkeys([self.own_address, self.address]))
+            backs = [back, join] if join else [back]
+            for place in [*doors, *backs]:
+                _free(place)
+            self._pool = Pool(
+                doors,
+                backs,
+                expected=list(models),
+                deterministic=self.plan.workers if deterministic else 0,
+                observe=observe,
+                keys=pool_keys(keys) if any(is_tcp(place) for place in [*doors, *backs]) else None,
+                known={name: card.as_dict() for name, card in cards.items() if card},
+            )
             self._pool.start()
-            for index in range(self.plan.workers):
-                self._processes.append(self._start_worker(model, back, index, eager))
+            self._processes = Processes(Recipe(models, back, logs, eager, hashes), self.plan)
         except zmq.ZMQError as error:
             self.stop()
+            places = f"{self.address} and {join}" if join else self.address
             raise AddressError(
-                f"Cannot listen at {self.address}: {error}.", "Choose another address or port."
+                f"Cannot listen at {places}: {error}.",
+                "Choose another address or port.",
             ) from error
         except OSError as error:
             self.stop()
@@ -174,64 +164,44 @@ class LocalPool:
         self._watch = threading.Thread(target=self._watch_workers, name="nnqmd-watch", daemon=True)
         self._watch.start()
 
-    def _start_worker(self, model: Path, back: str, index: int, eager: bool) -> subprocess.Popen:
-        command = [
-            sys.executable,
-            "-m",
-            "nnqmd_server.pool.worker",
-            "--pool",
-            back,
-            "--model",
-            str(model.resolve()),
-        ]
-        command += ["--index", str(index), "--device", self.plan.device] + (["--eager"] if eager else [])
-        settings = os.environ | worker_settings(self.plan.threads)
-        if self.plan.device == "cuda":
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-            cards = visible.split(",") if visible else [str(k) for k in range(count_gpus())]
-            settings["CUDA_VISIBLE_DEVICES"] = cards[index % len(cards)]
-        self._logs.mkdir(parents=True, exist_ok=True)
-        with (self._logs / f"worker-{index}.log").open("w") as output:
-            # A session of their own: mpiexec and terminals signal whole groups, and the last share is to be
-            # finished. The pool stops its workers itself, and they end when it is gone.
-            return subprocess.Popen(
-                command,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=settings,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-
     def _watch_workers(self) -> None:
         reported: set[int] = set()
         while not self._watching.wait(0.1):
-            for process in self._processes:
-                if process.pid not in reported and process.poll() is not None:
+            for process in self._processes.ended:
+                if process.pid not in reported:
                     reported.add(process.pid)
                     self._pool.worker_died(process.pid)
-            if len(reported) == len(self._processes):
+            if reported and len(reported) == len(self._processes.all):
                 self._pool.give_up(f"All workers have ended. {self.last_words()}")
                 return
 
     def check(self) -> None:
-        """Raise when no worker is left.
+        """Raise when no worker is left of those that were started here, nor one that has joined.
 
         Raises
         ------
         PoolError
             All workers have ended.
         """
-        if all(process.poll() is not None for process in self._processes):
+        mine = self._processes.all
+        if mine and len(self._processes.ended) == len(mine) and not self.status().workers:
             raise PoolError(f"All workers have ended. {self.last_words()}", f"See {self._logs}.")
 
     def last_words(self) -> str:
         """The last line that each worker logged, for error messages."""
-        lines = []
-        for log in sorted(self._logs.glob("worker-*.log")):
-            text = log.read_text(errors="replace").strip().splitlines()
-            lines += [f"{log}: {text[-1][:300]}"] if text else []
-        return " | ".join(lines)
+        return self._processes.last_words()
+
+    def join_commands(self) -> list[str]:
+        """The command lines that add workers: on this machine, and on others where that is possible."""
+        models = " ".join(f"{name}={source}" for name, source in self.models.items()) or "MODEL..."
+        back = join_address(self.own_address)
+        lines = [f"nnqmd worker --pool {back} {models}"]
+        if self.join:
+            host, _, port = self.join.removeprefix("tcp://").rpartition(":")
+            host = platform.node() if host in {"*", "0.0.0.0", "[::]"} else host
+            keys = " --keys worker.key" if self._pool.guarded else ""
+            lines.append(f"nnqmd worker --pool tcp://{host}:{port}{keys} {models}")
+        return lines
 
     def wait_ready(self, timeout: float = 1500.0, tell: Callable[[str], None] | None = None) -> None:
         """Wait until every worker has loaded its model.
@@ -249,8 +219,8 @@ class LocalPool:
             A worker has ended, or the time is over.
         """
         deadline = time.monotonic() + timeout
-        while len(self.status().workers) < self.plan.workers:
-            if any(process.poll() is not None for process in self._processes):
+        while len(self.status().workers) < len(self._processes.all):
+            if self._processes.ended:
                 raise PoolError(
                     f"A worker ended while it was loading the model. {self.last_words()}",
                     f"See {self._logs}.",
@@ -258,8 +228,8 @@ class LocalPool:
             if time.monotonic() > deadline:
                 raise PoolError(f"The workers were not ready after {timeout:.0f} s.", f"See {self._logs}.")
             if tell:
-                ready = len(self.status().workers)
-                tell(f"{ready} of {self.plan.workers} workers ready (the first start compiles the model)")
+                ready, started = len(self.status().workers), len(self._processes.all)
+                tell(f"{ready} of {started} workers ready (the first start compiles the model)")
             time.sleep(0.1)
 
     def status(self) -> Status:
@@ -267,37 +237,33 @@ class LocalPool:
         return self._pool.status()
 
     @property
+    def watch(self) -> Watch:
+        """Counts what happens in the pool; may be listened to."""
+        return self._pool.watch
+
+    def record(self, recorder: Recorder | None) -> None:
+        """Give a recorder what is asked and answered from now on; None: no more."""
+        self._pool.record = recorder
+
+    @property
     def pids(self) -> list[int]:
-        """Process ids of the workers."""
-        return [process.pid for process in self._processes]
+        """Process ids of the workers that were started here."""
+        return [process.pid for process in self._processes.all]
 
     def stop(self) -> None:
         """Stop the workers and the pool, and remove their sockets."""
         self._watching.set()
         if self._pool is not None:
             self._pool.stop()
-        deadline = time.monotonic() + STOP_TIMEOUT
-        for process in self._processes:
-            try:
-                process.wait(max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        if self._processes is not None:
+            self._processes.stop()
         shutil.rmtree(self._folder, ignore_errors=True)
-        if self.address.startswith("ipc://") and self._pool is not None:
-            Path(self.address.removeprefix("ipc://")).unlink(missing_ok=True)
+        if self._pool is not None:
+            for address in (self.own_address, join_address(self.own_address)):
+                Path(address.removeprefix("ipc://")).unlink(missing_ok=True)
 
     def __enter__(self) -> LocalPool:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-
-
-def pool_card(address: str, patience: float = 5.0) -> dict:
-    """Card of the pool at an address."""
-    client = PoolClient(address, patience)
-    try:
-        return client.card()
-    finally:
-        client.close()

@@ -1,30 +1,58 @@
 """The wire between doors, pool and workers: a small JSON header and raw arrays. No pickle.
 
-A message is a list of frames: the header, then one frame per array in the order in which the header
-names them. Everything that arrives is checked against the header before it is used.
+A message is a list of frames: the header; all small arrays behind one another, in the order in which the
+header names them, each beginning at a multiple of eight bytes; and each large array, unless it lies in memory
+that both sides share: then the header says where. Everything that arrives is checked against the header
+before it is used.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import zmq
 
+from nnqmd_server.pool.bulk import Bulk, UnreachableError
 from nnqmd_server.structures import Array, Results, Structures
 
-PROTOCOL = 1
-MAX_HEADER = 1 << 16
+PROTOCOL = 3
+MAX_HEADER = 1 << 20
+"""Longest header [bytes]: the status of a pool of a thousand workers fits."""
 MAX_MESSAGE = 1 << 30
-_DTYPES = {"<f8": np.dtype("<f8"), "<i8": np.dtype("<i8")}
+LARGE = 1 << 14
+"""From this size on an array is a frame of its own [bytes]: below, a frame costs more than a copy."""
+_DTYPES = {"<f8": np.dtype("<f8"), "<i8": np.dtype("<i8"), "|u1": np.dtype("|u1")}
 _MAX_ARRAYS = 64
+
+
+UNITS = "eV Angstrom"
+"""What every number on this wire is in; a worker says so when it joins."""
 
 
 class BadMessageError(ValueError):
     """Frames that are not a message of this protocol."""
+
+
+class OtherProtocolError(BadMessageError):
+    """A message of another version of this protocol."""
+
+    def __init__(self, theirs: object) -> None:
+        super().__init__(
+            f"it speaks version {str(theirs)[:20]} of the pool's protocol, this side {PROTOCOL}: use one"
+            " version of nnqmd everywhere"
+        )
+
+
+class NotSharedError(BadMessageError):
+    """A message whose arrays lie in memory that cannot be reached; ``fields`` are its plain fields."""
+
+    def __init__(self, what: str, fields: dict[str, Any]) -> None:
+        super().__init__(what)
+        self.fields = fields
 
 
 @dataclass(frozen=True)
@@ -36,20 +64,46 @@ class Message:
     arrays: dict[str, Array] = field(default_factory=dict)
 
 
-def pack(message: Message) -> list[bytes | memoryview]:
-    """Frames of a message; arrays are not copied when they are contiguous already."""
-    described, frames = [], []
+def pack(message: Message, bulk: Bulk | None = None) -> list[bytes | memoryview]:
+    """Frames of a message; large arrays are not copied when they are contiguous already.
+
+    With ``bulk``, the receiver can reach memory that we share: what lies there is named, not sent.
+    """
+    described, small, frames = [], [], []
     for name, array in message.arrays.items():
-        kind = "<i8" if np.issubdtype(array.dtype, np.integer) else "<f8"
+        kind = array.dtype.str if array.dtype.str in _DTYPES else "<f8"
         raw = np.ascontiguousarray(array, dtype=_DTYPES[kind])
-        described.append([name, kind, list(raw.shape)])
-        frames.append(raw.reshape(-1).view(np.uint8).data if raw.size else b"")
+        described.append([name, kind, raw.shape])
+        place = bulk.find(raw) if bulk is not None and raw.nbytes >= LARGE else None
+        if place is not None:
+            described[-1].append(place)
+        elif raw.nbytes >= LARGE:
+            frames.append(raw.reshape(-1).view(np.uint8).data)
+        elif raw.size:
+            small.append(raw.tobytes().ljust(-(-raw.nbytes // 8) * 8))
     header = {"protocol": PROTOCOL, "kind": message.kind, "fields": message.fields, "arrays": described}
-    return [json.dumps(header).encode(), *frames]
+    return [json.dumps(header).encode(), b"".join(small), *frames]
 
 
-def unpack(frames: Sequence[bytes | memoryview]) -> Message:
-    """The message that the frames hold.
+def send(
+    socket: zmq.Socket,
+    message: Message,
+    to: Sequence[bytes] = (),
+    flags: int = 0,
+    bulk: Bulk | None = None,
+) -> None:
+    """Send a message, from a ROUTER to somebody; raises what ``zmq_send`` raises."""
+    # Zero-copy of pyzmq wakes a thread for each frame, which costs more than the copy of these sizes.
+    socket.send_multipart([*to, *pack(message, bulk)], flags=flags)
+
+
+def receive(socket: zmq.Socket, flags: int = 0) -> list[memoryview]:
+    """Frames of what has arrived, without a copy; raises what ``zmq_recv`` raises."""
+    return [frame.buffer for frame in socket.recv_multipart(flags, copy=False)]
+
+
+def unpack(frames: Sequence[bytes | memoryview], bulk: Bulk | None = None) -> Message:
+    """The message that the frames hold; ``bulk`` reaches what lies in shared memory.
 
     Raises
     ------
@@ -60,34 +114,59 @@ def unpack(frames: Sequence[bytes | memoryview]) -> Message:
         raise BadMessageError("no header, or one that is too long")
     try:
         header = json.loads(bytes(frames[0]))
-        kind, fields, described = header["kind"], header["fields"], header["arrays"]
         if header["protocol"] != PROTOCOL:
-            raise BadMessageError(f"protocol {header['protocol']}, this side speaks {PROTOCOL}")
+            raise OtherProtocolError(header["protocol"])
+        if len(frames) < 2:
+            raise BadMessageError("a header without its arrays")
+        kind, fields, described = header["kind"], header["fields"], header["arrays"]
         if not isinstance(kind, str) or not isinstance(fields, dict) or not isinstance(described, list):
             raise BadMessageError("malformed header")
-        if len(described) != len(frames) - 1 or len(described) > _MAX_ARRAYS:
+        if len(described) > _MAX_ARRAYS:
+            raise BadMessageError("too many arrays")
+        arrays, first, large = {}, 0, iter(frames[2:])
+        for name, dtype, shape, *place in described:
+            number, count = _DTYPES[dtype], _count(shape)
+            size = count * number.itemsize
+            if place:
+                if bulk is None:
+                    raise BadMessageError("an array in memory that is not shared")
+                arrays[name] = bulk.view(place[0], number, shape)
+                continue
+            raw, offset = (next(large, b""), 0) if size >= LARGE else (frames[1], first)
+            if offset + size > len(raw) or (size >= LARGE and size != len(raw)):
+                raise BadMessageError("an array is not as long as announced")
+            arrays[name] = (
+                np.frombuffer(raw, number, count, offset).reshape(shape) if count else np.empty(shape, number)
+            )
+            if size < LARGE:
+                first += -(-size // 8) * 8
+        if first != len(frames[1]) or next(large, None) is not None:
             raise BadMessageError("the header and the frames disagree")
-        arrays = {
-            name: _array(dtype, shape, raw)
-            for (name, dtype, shape), raw in zip(described, frames[1:], strict=True)
-        }
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise BadMessageError(f"malformed header: {error}") from error
+    except BadMessageError:
+        raise
+    except UnreachableError as error:
+        raise NotSharedError(str(error), fields) from error
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise BadMessageError(f"malformed header: {str(error)[:200]}") from error
     return Message(kind, fields, arrays)
 
 
-def _array(dtype: str, shape: list[int], raw: bytes | memoryview) -> Array:
-    if dtype not in _DTYPES or len(shape) > 4 or not all(isinstance(n, int) and n >= 0 for n in shape):
+def _count(shape: list[int]) -> int:
+    """Numbers in an array of this shape."""
+    count = 1
+    for n in shape:
+        if type(n) is not int or n < 0:
+            raise BadMessageError("malformed array description")
+        count *= n
+    if len(shape) > 4 or count > MAX_MESSAGE:
         raise BadMessageError("malformed array description")
-    if math.prod(shape) * 8 != len(raw):
-        raise BadMessageError("an array is not as long as announced")
-    return np.frombuffer(raw, dtype=_DTYPES[dtype]).reshape(shape)
+    return count
 
 
 def structures_to_arrays(structures: Structures) -> dict[str, Array]:
     """Arrays of a batch of structures, under the names of its fields."""
     return {
-        "numbers": structures.numbers,
+        "numbers": structures.numbers.astype(np.uint8),
         "positions": structures.positions,
         "cells": structures.cells,
         "offsets": structures.offsets,
@@ -103,13 +182,14 @@ def arrays_to_structures(arrays: dict[str, Array]) -> Structures:
         An array is missing or the shapes do not fit together.
     """
     try:
-        found = Structures(arrays["numbers"], arrays["positions"], arrays["cells"], arrays["offsets"])
+        numbers = arrays["numbers"]
+        found = Structures(numbers.astype(np.int64), arrays["positions"], arrays["cells"], arrays["offsets"])
     except KeyError as error:
         raise BadMessageError(f"no array {error}") from None
     n, count = len(found.numbers), len(found.cells)
     fits = (
         found.numbers.shape == (n,)
-        and found.numbers.dtype == np.int64
+        and numbers.dtype == np.uint8
         and found.positions.shape == (n, 3)
         and found.cells.shape == (count, 3, 3)
         and found.offsets.shape == (count + 1,)

@@ -1,71 +1,79 @@
-"""The pool: takes complete force sets, cuts each over the workers, gives the results back in order.
+"""The pool: two ZeroMQ sockets, one for doors and one for workers, around the queue of :mod:`dispatch`.
 
-One thread owns both sockets and all the state below; others only read :meth:`Pool.status`.
+One thread owns both sockets and all the state; others only read :meth:`Pool.status`.
 """
 
 from __future__ import annotations
 
 import logging
+import math
+import os
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from statistics import median
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import zmq
 
+from nnqmd_server import __version__
+from nnqmd_server.errors import AddressError
+from nnqmd_server.memory import keep_buffers
+from nnqmd_server.pool.bulk import Bulk, Place, UnreachableError, near
+from nnqmd_server.pool.crew import HOST, Worker, refusal, worker_of
+from nnqmd_server.pool.dispatch import Dispatch, Observer, Outcome
+from nnqmd_server.pool.gate import Gate, from_network
+from nnqmd_server.pool.keys import PoolKeys
+from nnqmd_server.pool.link import BEAT, keep_alive
 from nnqmd_server.pool.messages import (
-    MAX_MESSAGE,
     BadMessageError,
     Message,
     arrays_to_structures,
-    pack,
     results_to_arrays,
+    send,
     structures_to_arrays,
     unpack,
 )
-from nnqmd_server.pool.shares import MAX_FORCE, TRIES, Fault, Job, Share, cut, judge
-from nnqmd_server.structures import Results, join
+from nnqmd_server.pool.planning import MAX_COST
+from nnqmd_server.pool.shares import MAX_FORCE, Batch, Fault, Job
+from nnqmd_server.pool.watch import IDLE, Watch, plain
+from nnqmd_server.structures import Results, Structures
 
 log = logging.getLogger("nnqmd.pool")
 
 MAX_WAITING = 256
 """Force sets that may wait at once; more are refused."""
 
-RECENT = 15
-"""Shares over which a worker's speed is measured: one slow share does not change the cut."""
+POLL = 0.1
+"""Longest sleep of the pool's loop [s]; a dead worker process is noticed within this time."""
 
-POLL = 100
-"""Longest sleep of the pool's loop [ms]; a dead worker is noticed within this time."""
-
-
-@dataclass
-class Worker:
-    """What the pool knows of one worker."""
-
-    identity: bytes
-    index: int
-    pid: int
-    form: str
-    recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))  # atoms per second
-    structures: int = 0
-    busy_seconds: float = 0.0
-    share: Share | None = None
+Recorder = Callable[[str, Job, Structures | Results | Fault], None]
 
 
 @dataclass(frozen=True)
 class Status:
-    """A glance at the pool, for progress displays."""
+    """A glance at the pool, for displays: totals since it was started, and who is there now."""
 
-    card: dict[str, Any] | None
+    version: str
+    host: str
+    pid: int
+    started: float
+    now: float
+    cards: dict[str, dict[str, Any]]
     workers: list[dict[str, Any]]
     force_sets: int
     structures: int
     waiting: int
     lost_workers: int
     refused: int
+    retries: int
+    quarantined: int
+    failed: int
+    simulations: list[dict[str, Any]]
+    turned_away: dict[str, int]
+    history: dict[str, Any]
+    news: list[dict[str, Any]]
 
 
 class Pool:
@@ -73,40 +81,80 @@ class Pool:
 
     Parameters
     ----------
-    doors : str
-        Address at which doors ask, for example ``ipc:///tmp/nnqmd-1000/pool``.
-    workers : str
-        Address at which workers join.
+    doors : str or sequence of str
+        Addresses at which doors ask, for example ``ipc:///tmp/nnqmd-1000/pool``.
+    workers : str or sequence of str
+        Addresses at which workers join.
     max_force : float
         Largest force that is let through to a simulation [eV/Angstrom].
+    expected : sequence of str
+        Names of the potentials that workers will bring; what is asked for another one fails at once.
+    max_cost : float
+        Largest cost of a batch [edges].
+    deterministic : int
+        When not 0, every force set is cut into so many even parts, whichever workers are there.
+    observe : callable, optional
+        Told in the pool's thread what happens, as a word and plain fields; must return at once.
+    keys : PoolKeys, optional
+        Who may come in over TCP; needed beyond this machine.
+    known : mapping of str to dict
+        Cards of potentials that workers will bring; one that brings another model is refused.
+
+    Attributes
+    ----------
+    watch : Watch
+        Counts what happens.
+    record : callable, optional
+        Given each force set when it is asked, and what became of it ("asked", "answered" or "failed"), in the
+        pool's thread; must return at once.
     """
 
-    def __init__(self, doors: str, workers: str, max_force: float = MAX_FORCE) -> None:
-        self._max_force = max_force
+    def __init__(
+        self,
+        doors: str | Sequence[str],
+        workers: str | Sequence[str],
+        max_force: float = MAX_FORCE,
+        expected: Sequence[str] = (),
+        max_cost: float = MAX_COST,
+        deterministic: int = 0,
+        observe: Observer | None = None,
+        keys: PoolKeys | None = None,
+        known: Mapping[str, dict[str, Any]] | None = None,
+    ) -> None:
         self._context = zmq.Context()
+        self._gate = Gate(self._context, keys)
         self._doors = self._context.socket(zmq.ROUTER)
         self._backs = self._context.socket(zmq.ROUTER)
+        self._backs.setsockopt(zmq.ROUTER_MANDATORY, 1)  # tells when a worker's connection is gone
         for socket in (self._doors, self._backs):
             socket.setsockopt(zmq.LINGER, 0)
-            socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE)
+            keep_alive(socket)
         try:
-            self._doors.bind(doors)
-            self._backs.bind(workers)
-        except zmq.ZMQError:
+            self._gate.listen(self._doors, doors, "door")
+            self._gate.listen(self._backs, workers, "worker")
+        except (zmq.ZMQError, AddressError):
+            self._gate.close()
             self._context.destroy(linger=0)
             raise
-        self._workers: dict[bytes, Worker] = {}
-        self._shares: deque[Share] = deque()
-        self._card: dict[str, Any] | None = None
-        self._numbers = 0
-        self._force_sets = self._structures = self._lost = self._refused = 0
+        self.watch = Watch()
+        if observe is not None:
+            self.watch.listen(observe)
+        self.record: Recorder | None = None
+        self._dispatch = Dispatch(max_force, max_cost, deterministic, self.watch)
+        self._bulk = Bulk() if any(map(near, _several(doors))) else None
+        self._near_workers = self._bulk is not None and any(map(near, _several(workers)))
+        self._expected = tuple(expected)
+        self._announced = dict(known or {})
         self._dead_pids: deque[int] = deque()
         self._hopeless = ""
+        self._next_beat = 0.0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="nnqmd-pool", daemon=True)
 
     def start(self) -> None:
         """Begin to serve, in a thread."""
+        keep_buffers()
+        self._gate.open()
         self._thread.start()
 
     def stop(self) -> None:
@@ -115,34 +163,43 @@ class Pool:
         if self._thread.is_alive():
             self._thread.join(timeout=10)
 
+    @property
+    def guarded(self) -> bool:
+        """Whether TCP asks for keys."""
+        return self._gate.guarded
+
     def worker_died(self, pid: int) -> None:
-        """Say that a worker process is gone; its share goes to another."""
+        """Say that a worker process of this machine is gone; what it was at goes to another."""
         self._dead_pids.append(pid)
 
     def give_up(self, why: str) -> None:
-        """No worker is left and none will come: everything that is asked fails with this reason."""
+        """No worker is left: everything that is asked fails with this reason until another one joins."""
         self._hopeless = why
 
     def status(self) -> Status:
         """A consistent enough glance for a display."""
-        workers = [
-            {
-                "index": w.index,
-                "pid": w.pid,
-                "form": w.form,
-                "structures": w.structures,
-                "busy_seconds": w.busy_seconds,
-            }
-            for w in sorted(self._workers.copy().values(), key=lambda w: w.index)
-        ]
+        workers = sorted(self._dispatch.workers.copy().values(), key=lambda w: w.index)
+        seen, counts = self.watch.workers(), self.watch.counts
         return Status(
-            self._card,
-            workers,
-            self._force_sets,
-            self._structures,
-            len(self._shares),
-            self._lost,
-            self._refused,
+            version=__version__,
+            host=HOST,
+            pid=os.getpid(),
+            started=self.watch.started,
+            now=time.time(),
+            cards=self._dispatch.cards.copy(),
+            workers=[IDLE | worker.as_dict() | seen.get(worker.index, {}) for worker in workers],
+            force_sets=self.watch.force_sets,
+            structures=self.watch.structures,
+            waiting=self._dispatch.waiting,
+            lost_workers=counts["lost"],
+            refused=counts["refused"],
+            retries=counts["retried"],
+            quarantined=counts["quarantined"],
+            failed=counts["failed"],
+            simulations=self.watch.simulations(),
+            history=self.watch.history(),
+            news=self.watch.news(),
+            turned_away=self._gate.turned_away,
         )
 
     # ---- the loop ---------------------------------------------------------------------------------
@@ -153,196 +210,261 @@ class Pool:
         poller.register(self._backs, zmq.POLLIN)
         try:
             while not self._stopping.is_set():
-                ready = dict(poller.poll(POLL))
-                if self._backs in ready:
-                    self._receive(self._backs, self._from_worker)
-                if self._doors in ready:
-                    self._receive(self._doors, self._from_door)
+                pause = self._dispatch.pause(time.monotonic(), POLL)
+                ready = dict(poller.poll(math.ceil(1000 * pause)))
+                for socket, handle in ((self._backs, self._from_worker), (self._doors, self._from_door)):
+                    if socket in ready:
+                        self._receive(socket, handle)
                 while self._dead_pids:
                     self._forget(self._dead_pids.popleft())
-                if self._hopeless:
-                    self._fail_all(self._hopeless)
+                self._beat(time.monotonic())
+                if self._hopeless and not self._dispatch.workers:
+                    self._answer(self._dispatch.fail_all(Fault(self._hopeless, "See the workers' logs.")))
                 self._hand_out()
             self._fail_all("The pool was stopped.")
-            for worker in self._workers.values():
+            for worker in list(self._dispatch.workers.values()):
                 self._send(self._backs, worker.identity, Message("stop"))
             time.sleep(0.05)  # lets the farewell leave before the sockets close
         finally:
+            self._gate.close()
             self._context.destroy(linger=100)
 
-    def _receive(self, socket: zmq.Socket, handle: Any) -> None:
-        identity, *frames = socket.recv_multipart()
+    def _fail_all(self, why: str) -> None:
+        self._answer(self._dispatch.fail_all(Fault(why, "See the workers' logs.")))
+
+    def _receive(self, socket: zmq.Socket, handle: Callable[[bytes, Message], None]) -> None:
+        """Take one message: nobody who floods one socket silences the other."""
+        frames = socket.recv_multipart(copy=False)
+        # Who came in over the network has no memory on this machine to show us, nor may he name any.
+        far = from_network(frames[0])
+        identity, *parts = (frame.buffer for frame in frames)
         message = None
         try:
-            message = unpack(frames)
-            handle(identity, message)
-        except (BadMessageError, KeyError, TypeError, ValueError) as error:
-            self._refused += 1
-            log.warning("dropped a message: %s", error)
-            request = message.fields.get("request") if message else None
-            fields = {"what": f"The pool did not understand a message: {error}", "request": request}
-            self._send(socket, identity, Message("refused", fields))
+            message = unpack(parts, None if far else self._bulk)
+            if far:
+                for place in ("memory", "forces"):
+                    message.fields.pop(place, None)
+            handle(bytes(identity), message)
+        except Exception as error:  # noqa: BLE001 - whatever anybody sends, the pool goes on
+            who = "worker" if socket is self._backs else "door"
+            what = f"The pool did not understand a message: {str(error)[:200]}"
+            self._refuse(who, what)
+            request = getattr(message or error, "fields", {}).get("request")
+            fields = {"what": what, "request": request if isinstance(request, int) else None}
+            self._send(socket, bytes(identity), Message("refused", fields))
+
+    def _refuse(self, whom: str, what: str) -> None:
+        log.warning("refused a %s: %s", whom, what)
+        self._dispatch.tell("refused", whom=whom, what=what)
 
     @staticmethod
-    def _send(socket: zmq.Socket, identity: bytes, message: Message) -> None:
-        socket.send_multipart([identity, *pack(message)], copy=False)
+    def _send(socket: zmq.Socket, identity: bytes, message: Message, bulk: Bulk | None = None) -> bool:
+        """Send to somebody who may have gone; whether the connection is there."""
+        try:
+            send(socket, message, [identity], zmq.NOBLOCK, bulk)
+        except zmq.ZMQError as error:  # EHOSTUNREACH: gone; EAGAIN: takes nothing any more
+            log.debug("not sent: %s", error)
+            return False
+        return True
 
     # ---- doors ------------------------------------------------------------------------------------
 
     def _from_door(self, client: bytes, message: Message) -> None:
         if message.kind == "status":
-            status = self.status()
-            fields = {"card": status.card, "workers": status.workers, "force_sets": status.force_sets}
+            fields = asdict(self.status()) | {"near": self._reaches(message.fields.get("memory"))}
             self._send(self._doors, client, Message("status", fields))
-        elif message.kind == "waiting":
-            request = int(message.fields["request"])
-            if not self._knows(client, request):
-                self._send(self._doors, client, Message("unknown", {"request": request}))
-        elif message.kind == "evaluate":
-            job = Job(client, int(message.fields["request"]), arrays_to_structures(message.arrays))
-            if self._knows(client, job.request):
-                return
-            if len(self._shares) >= MAX_WAITING:
-                self._fail(
-                    job,
-                    "The pool has too many force sets waiting.",
-                    "Start more workers or fewer simulations.",
-                )
-                return
-            self._split(job)
-        else:
+            return
+        if message.kind not in {"waiting", "evaluate"}:
             raise BadMessageError(f"a door may not say {message.kind!r}")
+        request = int(message.fields["request"])
+        simulation = str(message.fields.get("client") or client.hex())[:64]
+        known = self._dispatch.jobs.get((simulation, request))
+        if known is not None:
+            # Asked again, perhaps over a new connection: it is computed once, and answered there.
+            known.client, known.heard = client, time.monotonic()
+        elif message.kind == "waiting":
+            self._send(self._doors, client, Message("unknown", {"request": request}))
+        else:
+            potential = str(message.fields["potential"])
+            name = plain(message.fields.get("name") or simulation[:8], 64)
+            structures = arrays_to_structures(message.arrays)
+            if not len(structures):
+                raise BadMessageError("no structures")
+            job = Job(client, simulation, name, request, potential, structures, arrived=time.monotonic())
+            if "forces" in message.fields and self._bulk is not None:
+                job.area = self._bulk.view(message.fields["forces"], "<f8", structures.positions.shape)
+            self._accept(job)
 
-    def _knows(self, client: bytes, request: int) -> bool:
-        shares = [*self._shares, *(w.share for w in self._workers.values() if w.share)]
-        return any(s.job.client == client and s.job.request == request for s in shares)
+    def _reaches(self, place: Place | None) -> bool:
+        """Whether this process can read and write somebody's memory."""
+        try:
+            return self._bulk is not None and self._bulk.view(place, "<f8", (1,)).size == 1
+        except (UnreachableError, TypeError, ValueError):
+            return False
 
-    def _split(self, job: Job) -> None:
-        first = 0
-        for count in cut(len(job.structures), self._speeds()):
-            if count:
-                share = Share(self._numbers, job, job.structures[first : first + count], first)
-                self._numbers += 1
-                job.parts[share.number] = None
-                self._shares.append(share)
-                first += count
+    def _accept(self, job: Job) -> None:
+        """Take a force set; it waits while the potential that it asks for has yet to come."""
+        if len(self._dispatch.jobs) >= MAX_WAITING:
+            fault = Fault(
+                "The pool has too many force sets waiting.", "Start more workers or fewer simulations."
+            )
+        else:
+            fault = self._unserved(job)
+        if fault is not None:
+            self._answer([(job, fault)])
+            return
+        self._dispatch.add(job, job.arrived)
+        if self.record is not None:
+            self.record("asked", job, job.structures)
 
-    def _fail(self, job: Job, what: str, fix: str, suspects: Sequence[int] = ()) -> None:
-        fields = {"request": job.request, "what": what, "fix": fix, "suspects": list(suspects)}
-        self._send(self._doors, job.client, Message("failed", fields))
+    def _unserved(self, job: Job) -> Fault | None:
+        """Settle which potential a force set asks for; what is wrong when there is no such."""
+        cards = self._dispatch.cards
+        names = sorted({*self._expected, *cards})
+        if not job.potential and len(names) == 1:
+            job.potential = names[0]
+        if not cards or job.potential in names:
+            return None
+        asked = f"no potential {job.potential!r}" if job.potential else "several potentials"
+        return Fault(
+            f"This pool has {asked}; it has {', '.join(names)}.",
+            "Name one of these (`potential` in <parameters>, or --potential).",
+        )
 
-    def _fail_all(self, why: str) -> None:
-        jobs = {id(s.job): s.job for s in self._shares}
-        jobs |= {id(w.share.job): w.share.job for w in self._workers.values() if w.share}
-        self._shares.clear()
-        for worker in self._workers.values():
-            worker.share = None
-        for job in jobs.values():
-            self._fail(job, why, "See the workers' logs.")
+    def _answer(self, outcomes: Sequence[Outcome]) -> None:
+        for job, found in outcomes:
+            if isinstance(found, Fault):
+                fields = {"what": found.what, "fix": found.fix, "suspects": list(found.suspects)}
+                message = Message("failed", {"request": job.request, **fields})
+            else:
+                fields = {"request": job.request, "shares": len(job.parts), "clean": job.clean}
+                message = Message("done", fields, results_to_arrays(found))
+            if self.record is not None:
+                self.record("failed" if isinstance(found, Fault) else "answered", job, found)
+            # What two workers were given may still be written by the slower one: then it is sent.
+            shared = job.area is not None and job.clean
+            self._send(self._doors, job.client, message, self._bulk if shared else None)
 
     # ---- workers ----------------------------------------------------------------------------------
 
     def _from_worker(self, identity: bytes, message: Message) -> None:
+        worker = self._dispatch.workers.get(identity)
         if message.kind == "ready":
-            self._admit(identity, message.fields)
-            return
-        worker = self._workers.get(identity)
-        if worker is None or worker.share is None or message.fields["share"] != worker.share.number:
-            return  # an answer to something that was given to another meanwhile
-        share, worker.share = worker.share, None
-        if message.kind == "failed":
-            found = Fault(
+            if worker is None:
+                self._admit(identity, message.fields)
+        elif worker is None:
+            if message.kind != "leaving":
+                self._to_worker(identity, Message("who"))  # one of a pool that was here before
+            else:
+                self._to_worker(identity, Message("stop"))
+        elif message.kind == "done":
+            number, seconds = int(message.fields["share"]), float(message.fields["seconds"])
+            self._note_memory(worker, message.fields.get("memory"))
+            self._answer(self._dispatch.done(worker, number, message.arrays, seconds, time.monotonic()))
+            self._dismiss(worker)
+        elif message.kind == "failed":
+            fault = Fault(
                 str(message.fields["what"]),
                 str(message.fields["fix"]),
                 tuple(int(k) for k in message.fields.get("suspects", ())),
                 bool(message.fields.get("final")),
             )
-        elif message.kind == "done":
-            found = judge(message.arrays, share.structures, self._max_force)
-        else:
+            if message.fields.get("far") and self._still_shared(worker):
+                log.warning("worker %s cannot reach the memory of a door; arrays are sent", worker.index)
+                self._near_workers = False
+            number = int(message.fields["share"])
+            self._answer(self._dispatch.failed(worker, number, fault, time.monotonic()))
+            self._dismiss(worker)
+        elif message.kind == "leaving":
+            worker.leaving = True
+            self._dismiss(worker)
+        elif message.kind != "alive":
             raise BadMessageError(f"a worker may not say {message.kind!r}")
-        if isinstance(found, Fault):
-            self._try_again(worker, share, found)
+
+    def _still_shared(self, worker: Worker) -> bool:
+        """Whether the doors of what a worker has in hand share their memory; a door that is gone does not."""
+        runs = worker.batch.runs if worker.batch is not None else []
+        areas = [run.job.area for run in runs if run.job.area is not None]
+        return self._bulk is not None and any(self._bulk.still_shared(area) for area in areas)
+
+    def _note_memory(self, worker: Worker, limit: dict[str, Any] | None) -> None:
+        if limit is not None:
+            atoms, structures = int(limit["atoms"]), int(limit["structures"])
+            log.warning(
+                "worker %s ran out of memory: from now on %s structures of %s atoms at once",
+                worker.index,
+                structures,
+                atoms,
+            )
+            self._dispatch.tell("memory", worker=worker.index, atoms=atoms, structures=structures)
+
+    def _dismiss(self, worker: Worker) -> None:
+        """Let a worker go that wants to and has nothing in hand."""
+        if worker.leaving and self._dispatch.leave(worker):
+            log.info("worker %s has left", worker.index)
+            self._to_worker(worker.identity, Message("stop"))
+
+    def _admit(self, identity: bytes, hello: dict[str, Any]) -> None:
+        why = refusal(hello, {**self._announced, **self._dispatch.cards})
+        if why is not None:
+            self._refuse("worker", why)
+            self._to_worker(identity, Message("refused", {"what": why}))
             return
-        self._account(worker, share, float(message.fields["seconds"]))
-        self._complete(share, found)
-
-    def _try_again(self, worker: Worker, share: Share, fault: Fault) -> None:
-        log.warning("worker %s, share %s: %s", worker.index, share.number, fault.what)
-        share.failed_on.append(worker.identity)
-        if not fault.final and len(share.failed_on) < TRIES:
-            self._shares.appendleft(share)
-            return
-        self._drop(share.job)
-        self._fail(share.job, fault.what, fault.fix, [share.first + k for k in fault.suspects])
-
-    def _admit(self, identity: bytes, fields: dict[str, Any]) -> None:
-        card = fields["card"]
-        if self._card is not None and card["sha256"] != self._card["sha256"]:
-            what = f"this pool serves {self._card['name']}, the worker brought another model, {card['name']}"
-            self._refused += 1
-            self._send(self._backs, identity, Message("refused", {"what": what}))
-            return
-        self._card = card
-        self._workers[identity] = Worker(
-            identity, int(fields["index"]), int(fields["pid"]), str(fields["form"])
-        )
-        log.info("worker %s is ready (%s)", fields["index"], fields["form"])
-
-    def _account(self, worker: Worker, share: Share, seconds: float) -> None:
-        worker.recent.append(share.structures.n_atoms / max(seconds, 1e-9))
-        worker.structures += len(share.structures)
-        worker.busy_seconds += seconds
-
-    def _speeds(self) -> list[float]:
-        """Of every worker, the median of its latest shares; what is not measured yet is taken for typical."""
-        measured = [median(w.recent) for w in self._workers.values() if w.recent]
-        typical = median(measured) if measured else 1.0
-        return [median(w.recent) if w.recent else typical for w in self._workers.values()] or [1.0]
-
-    def _complete(self, share: Share, results: Results) -> None:
-        job = share.job
-        job.parts[share.number] = results
-        parts = [part for part in job.parts.values() if part is not None]
-        if len(parts) == len(job.parts):
-            self._force_sets += 1
-            self._structures += len(job.structures)
-            fields = {"request": job.request, "shares": len(parts)}
-            self._send(self._doors, job.client, Message("done", fields, results_to_arrays(join(parts))))
-
-    def _drop(self, job: Job) -> None:
-        self._shares = deque(s for s in self._shares if s.job is not job)
-        for worker in self._workers.values():
-            if worker.share and worker.share.job is job:
-                worker.share = None  # its answer will match nothing and be passed over
+        worker = worker_of(identity, hello)
+        worker.near = self._reaches(hello.get("memory"))
+        taken = {other.index for other in self._dispatch.workers.values()}
+        if worker.index in taken:  # started by somebody else; logs tell workers apart by it
+            worker.index = next(k for k in range(len(taken) + 1) if k not in taken)
+        self._dispatch.join(worker, {name: known["card"] for name, known in hello["potentials"].items()})
+        self._hopeless = ""
+        log.info("worker %s is ready (%s)", worker.index, worker.forms)
+        for job in list(self._dispatch.jobs.values()):
+            fault = self._unserved(job)
+            if fault is not None:
+                self._dispatch.end(job)
+                self._answer([(job, fault)])
 
     def _forget(self, pid: int) -> None:
-        for identity, worker in list(self._workers.items()):
-            if worker.pid != pid:
-                continue
-            del self._workers[identity]
-            self._lost += 1
-            log.error("worker %s (process %s) died", worker.index, pid)
-            if worker.share:
-                worker.share.lost_workers += 1
-                if worker.share.lost_workers > 1:
-                    self._drop(worker.share.job)
-                    self._fail(
-                        worker.share.job, "A force set has killed two workers.", "See the workers' logs."
-                    )
-                else:
-                    self._shares.appendleft(worker.share)
+        for worker in list(self._dispatch.workers.values()):
+            if (worker.pid, worker.host) == (pid, HOST):
+                self._lose(worker, f"process {pid} died")
+
+    def _lose(self, worker: Worker, what: str, unsent: Batch | None = None) -> None:
+        log.error("worker %s is lost: %s", worker.index, what)
+        self._answer(self._dispatch.lose(worker, what, unsent))
+
+    def _to_worker(self, identity: bytes, message: Message) -> None:
+        """Send; a worker whose connection is gone is lost."""
+        if not self._send(self._backs, identity, message):
+            worker = self._dispatch.workers.get(identity)
+            if worker is not None:
+                self._lose(worker, "the connection is gone")
+
+    def _beat(self, now: float) -> None:
+        if now < self._next_beat:
+            return
+        self._next_beat = now + BEAT
+        self._dispatch.tidy(now)
+        for worker in list(self._dispatch.workers.values()):
+            self._to_worker(worker.identity, Message("alive"))
 
     def _hand_out(self) -> None:
-        for worker in self._workers.values():
-            if worker.share is None:
-                worker.share = next((s for s in self._shares if self._may_take(worker, s)), None)
-                if worker.share is not None:
-                    self._shares.remove(worker.share)
-                    arrays = structures_to_arrays(worker.share.structures)
-                    request = Message("evaluate", {"share": worker.share.number}, arrays)
-                    self._send(self._backs, worker.identity, request)
+        for worker, batch in self._dispatch.hand_out(time.monotonic()):
+            bulk = self._bulk if self._near_workers and worker.near else None
+            sent = self._send(self._backs, worker.identity, _request(batch, bulk), bulk)
+            if not sent and worker.identity in self._dispatch.workers:
+                self._lose(worker, "the connection is gone", batch)
 
-    def _may_take(self, worker: Worker, share: Share) -> bool:
-        """A share that has failed goes to another worker, where there is one."""
-        return worker.identity not in share.failed_on or len(self._workers) <= len(share.failed_on)
+
+def _several(addresses: str | Sequence[str]) -> list[str]:
+    return [addresses] if isinstance(addresses, str) else list(addresses)
+
+
+def _request(batch: Batch, bulk: Bulk | None) -> Message:
+    fields: dict[str, Any] = {"share": batch.number, "potential": batch.potential}
+    run = batch.runs[0]
+    only = len(batch.runs) == len(batch.holders) == 1
+    if bulk is not None and only and run.job.area is not None:
+        offsets = run.job.structures.offsets
+        fields["forces"] = bulk.find(run.job.area[int(offsets[run.first]) : int(offsets[run.last])])
+    return Message("evaluate", fields, structures_to_arrays(batch.structures))

@@ -1,85 +1,186 @@
-"""Force sets and the shares they are cut into; which results may go to a simulation."""
+"""Force sets, the runs they are cut into, the batches that go to workers; what may reach a simulation."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from nnqmd_server.pool.messages import BadMessageError, arrays_to_results
-from nnqmd_server.structures import Array, Results, Structures
+from nnqmd_server.structures import Array, Results, Structures, concatenate, join
 
 MAX_FORCE = 1000.0
 """Forces above this never reach a simulation [eV/Angstrom]: they are of a model outside what it learned."""
 
 TRIES = 2
-"""How often a share is evaluated before its force set fails: once more, on another worker."""
+"""How often a run is evaluated before its force set fails: once more, on another worker."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
-    """One force set of one client."""
+    """One force set of one simulation, for one of the pool's potentials.
+
+    ``costs`` are those of its structures and ``sums`` their running sum, from 0 on. ``start`` and ``finish``
+    are its place in the fair queue [cost], ``given`` is how much of it workers were given; ``todo`` is what
+    no worker has been given, ``missing`` how many structures have no answer yet; times are those of the
+    pool's clock [s]. ``area`` is where a door that shares memory wants its forces, ``clean`` says that nobody
+    but those who have answered was told to write there.
+    """
 
     client: bytes
+    simulation: str
+    name: str
     request: int
+    potential: str
     structures: Structures
-    parts: dict[int, Results | None] = field(default_factory=dict)
+    arrived: float
+    heard: float = 0.0
+    number: int = 0
+    costs: Array | None = None
+    sums: list[float] = field(default_factory=list)
+    start: float = 0.0
+    finish: float = 0.0
+    given: float = 0.0
+    begun: float | None = None
+    todo: list[Run] = field(default_factory=list)
+    parts: dict[int, Results] = field(default_factory=dict)
+    missing: int = 0
+    ended: bool = False
+    area: Array | None = None
+    clean: bool = True
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What makes a request the same when it is asked again."""
+        return self.simulation, self.request
+
+    @property
+    def atoms(self) -> int:
+        """Mean number of atoms of its structures."""
+        return self.structures.n_atoms // len(self.structures)
 
 
-@dataclass
-class Share:
-    """A run of structures of one job, as given to one worker.
+@dataclass(eq=False)
+class Run:
+    """Neighbouring structures ``first:last`` of one job that go to one worker together.
 
-    ``first`` is the place of its first structure in the job; ``failed_on`` are the workers that could not
-    evaluate it, ``lost_workers`` counts those that died over it.
+    ``failed_on`` are the workers that could not evaluate it, ``deaths`` counts those that died over it;
+    one that is ``alone`` is not merged with others, so that what it does falls on nobody else.
+    """
+
+    job: Job
+    first: int
+    last: int
+    failed_on: tuple[bytes, ...] = ()
+    deaths: int = 0
+    alone: bool = False
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    @property
+    def costs(self) -> Array:
+        """Costs of its structures."""
+        return self.job.costs[self.first : self.last]
+
+    @property
+    def cost(self) -> float:
+        """What it costs altogether."""
+        return self.job.sums[self.last] - self.job.sums[self.first]
+
+    def part(self, first: int, count: int) -> Run:
+        """A run of ``count`` of its structures, the first of which is its own ``first``-th."""
+        low = self.first + first
+        return Run(self.job, low, low + count, self.failed_on, self.deaths, self.alone)
+
+
+@dataclass(eq=False)
+class Batch:
+    """What one worker is given in one message: runs of one or several jobs, for one potential.
+
+    ``holders`` are the workers that are at it, ``expected`` how long it should take [s] where that is known.
     """
 
     number: int
-    job: Job
+    potential: str
+    runs: list[Run]
     structures: Structures
-    first: int = 0
-    failed_on: list[bytes] = field(default_factory=list)
-    lost_workers: int = 0
+    cost: float
+    given: float
+    expected: float | None
+    holders: list[bytes] = field(default_factory=list)
+    answered: bool = False
+
+    @property
+    def wanted(self) -> list[Run]:
+        """Its runs whose force sets are still waited for."""
+        return [run for run in self.runs if not run.job.ended]
+
+    @property
+    def atoms(self) -> int:
+        """Mean number of atoms of its structures."""
+        return self.structures.n_atoms // len(self.structures)
+
+
+def structures_of(runs: Sequence[Run]) -> Structures:
+    """The structures of some runs, one behind another; not copied where there is one run."""
+    return concatenate([run.job.structures[run.first : run.last] for run in runs])
+
+
+def results_by_run(runs: Sequence[Run], structures: Structures, results: Results) -> list[Results]:
+    """Results of a batch, cut up for the runs that it was made of (views, no copies)."""
+    if len(runs) == 1:
+        return [results]
+    ends = np.cumsum([len(run) for run in runs]).tolist()
+    found = []
+    for first, last in zip([0, *ends[:-1]], ends, strict=True):
+        low, high = int(structures.offsets[first]), int(structures.offsets[last])
+        found.append(
+            Results(
+                results.energy[first:last],
+                results.forces[low:high],
+                results.virial[first:last],
+                {k: v[first:last] for k, v in results.properties.items()},
+                {k: v[low:high] for k, v in results.atom_properties.items()},
+            )
+        )
+    return found
+
+
+def results_of(job: Job) -> Results:
+    """Results of a whole force set, in order; the forces in the door's own memory, if it shares some.
+
+    But not where two workers were given the same: the slower one may still write there.
+    """
+    parts = [job.parts[first] for first in sorted(job.parts)]
+    if job.area is None or not job.clean:
+        return join(parts)
+    low = 0
+    for k, part in enumerate(parts):
+        place = job.area[low : low + len(part.forces)]
+        low += len(place)
+        if not _same(part.forces, place):
+            place[:] = part.forces
+        parts[k] = replace(part, forces=place[:0])
+    return replace(join(parts), forces=job.area)
+
+
+def _same(one: Array, other: Array) -> bool:
+    return one.__array_interface__["data"] == other.__array_interface__["data"]
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Why a share could not be evaluated.
+    """Why something could not be evaluated.
 
-    ``suspects`` are places in the share's structures; ``final`` says that another try gives the same.
+    ``suspects`` are places in the structures that were asked; ``final`` says that another try gives the same.
     """
 
     what: str
     fix: str
     suspects: tuple[int, ...] = ()
     final: bool = False
-
-
-EVEN_ENOUGH = 1.1
-"""Measured speeds are noisy: an even cut is kept unless another one would end sooner by this factor."""
-
-
-def cut(count: int, speeds: Sequence[float]) -> list[int]:
-    """How many of ``count`` equal structures each worker gets so that the last one ends soonest.
-
-    Structures are handed out one by one to the worker that would finish it first; but evenly, where that
-    takes hardly longer.
-    """
-    best, even = _by_finish(count, speeds), _by_finish(count, [1.0] * len(speeds))
-    return even if _duration(even, speeds) <= EVEN_ENOUGH * _duration(best, speeds) else best
-
-
-def _by_finish(count: int, speeds: Sequence[float]) -> list[int]:
-    given = [0] * len(speeds)
-    for _ in range(count):
-        best = min(range(len(speeds)), key=lambda k: ((given[k] + 1) / speeds[k], given[k], k))
-        given[best] += 1
-    return given
-
-
-def _duration(given: Sequence[int], speeds: Sequence[float]) -> float:
-    return max(n / speed for n, speed in zip(given, speeds, strict=True))
 
 
 def judge(arrays: dict[str, Array], structures: Structures, max_force: float) -> Results | Fault:
@@ -100,12 +201,12 @@ def judge(arrays: dict[str, Array], structures: Structures, max_force: float) ->
         return Fault(f"A worker sent {error}.", "See the workers' logs.")
     if _all_sound(results, max_force):
         return results
-    places, largest = _unsound(results, structures, max_force)
-    what = "energies or forces that are not finite numbers"
-    if largest > max_force:
-        what = f"forces of {largest:.3g} eV/A"
-    elif not places:
+    places, names, largest = _unsound(results, structures, max_force)
+    if not places:
         return results
+    what = f"forces of {largest:.3g} eV/A"
+    if names:
+        what = f"{', '.join(names)} that {'are' if len(names) > 1 else 'is'} not finite"
     return Fault(f"The model gave {what}.", "The dynamics has left what the model has learned.", places)
 
 
@@ -118,16 +219,20 @@ def _all_sound(results: Results, max_force: float) -> bool:
     )
 
 
-def _unsound(results: Results, structures: Structures, max_force: float) -> tuple[tuple[int, ...], float]:
-    """Places of structures with anything that is not finite or too large, and the largest force."""
+def _unsound(
+    results: Results, structures: Structures, max_force: float
+) -> tuple[tuple[int, ...], list[str], float]:
+    """Places of structures with anything not finite or too large, what is not finite, the largest force."""
     count = len(structures)
     owner = np.repeat(np.arange(count), np.diff(structures.offsets))
-    broken = np.zeros(count, dtype=bool)
-    for values in (results.energy, results.virial, *results.properties.values()):
-        broken |= ~np.isfinite(values).reshape(count, -1).all(axis=1)
+    broken, names = np.zeros(count, dtype=bool), []
+    main = {"energy": results.energy, "forces": results.forces, "virial": results.virial}
+    for name, values in {**main, **results.properties, **results.atom_properties}.items():
+        wrong = ~np.isfinite(values).reshape(len(values), -1).all(axis=1)
+        if wrong.any():
+            names.append(name)
+            of_atoms = name == "forces" or name in results.atom_properties
+            broken[owner[wrong] if of_atoms else wrong] = True
     size = np.linalg.norm(results.forces, axis=1)
-    atoms = ~(size <= max_force)  # true for NaN too
-    for values in results.atom_properties.values():
-        atoms |= ~np.isfinite(values).reshape(len(owner), -1).all(axis=1)
-    broken[owner[atoms]] = True
-    return tuple(int(k) for k in np.flatnonzero(broken)), float(np.nanmax(size, initial=0.0))
+    broken[owner[size > max_force]] = True
+    return tuple(int(k) for k in np.flatnonzero(broken)), names, float(np.nanmax(size, initial=0.0))

@@ -1,4 +1,7 @@
-"""A worker: one process that holds one copy of the model and evaluates the shares it is given."""
+"""A worker: one process that holds one copy of the models and evaluates the batches it is given.
+
+It runs in the interpreter that its potentials need; of ours it uses numpy and pyzmq only.
+"""
 
 from __future__ import annotations
 
@@ -8,38 +11,52 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import zmq
-from ase.data import atomic_numbers
 
+from nnqmd_server import __version__
 from nnqmd_server.errors import NnqmdError
+from nnqmd_server.pool.bulk import Bulk, near
+from nnqmd_server.pool.crew import HOST
+from nnqmd_server.pool.gate import Refusals, connect
+from nnqmd_server.pool.limits import Limits, out_of_memory
+from nnqmd_server.pool.link import BEAT, LIVENESS, keep_alive
 from nnqmd_server.pool.messages import (
-    MAX_MESSAGE,
+    UNITS,
     BadMessageError,
     Message,
+    NotSharedError,
+    OtherProtocolError,
     arrays_to_structures,
-    pack,
+    receive,
     results_to_arrays,
+    send,
     unpack,
 )
-from nnqmd_server.potentials.base import Potential
+from nnqmd_server.potentials.base import SYMBOLS, Potential
+from nnqmd_server.potentials.load import check_hashes, load, parse_hashes, parse_models, source_hash
 from nnqmd_server.structures import Structures
 
 log = logging.getLogger("nnqmd.worker")
 
+RECONNECT = 50, 5000
+"""First and longest wait before a lost connection is tried again [ms]; it doubles in between."""
 
-def _warm_up(potential: Potential) -> None:
-    """Evaluate a small lattice once, so that the first share does not pay for first-call work."""
-    numbers = np.array([atomic_numbers[s] for s in potential.card.elements], dtype=np.int64)
+
+def warm_up(potential: Potential) -> None:
+    """Evaluate a small lattice once, so that the first batch does not pay for first-call work."""
+    numbers = np.array([SYMBOLS.index(s) for s in potential.card.elements or ("H",)], dtype=np.int64)
     grid = np.stack(np.meshgrid(*[np.arange(3.0)] * 3, indexing="ij"), axis=-1).reshape(-1, 3) * 2.0
     offsets = np.array([0, len(grid)], dtype=np.int64)
     potential.evaluate(Structures(np.resize(numbers, len(grid)), grid, np.eye(3)[None] * 6.0, offsets))
 
 
-def _culprits(potential: Potential, request: Message) -> list[int]:
-    """Which structures of a failed share fail on their own; all of them when none does."""
-    structures = arrays_to_structures(request.arrays)
+def _culprits(potential: Potential, structures: Structures) -> list[int]:
+    """Which structures of a failed batch fail on their own; all of them when none does."""
     found = []
     for k in range(len(structures)):
         try:
@@ -49,90 +66,237 @@ def _culprits(potential: Potential, request: Message) -> list[int]:
     return found or list(range(len(structures)))
 
 
-def _answer(potential: Potential, request: Message) -> Message:
+def _answer(
+    potentials: Mapping[str, Potential], limits: Limits, request: Message, bulk: Bulk | None
+) -> Message:
+    name, number = request.fields["potential"], request.fields["share"]
+    structures = arrays_to_structures(request.arrays)
     started = time.perf_counter()
     try:
-        results = potential.evaluate(arrays_to_structures(request.arrays))
+        results = limits.evaluate(name, potentials[name], structures)
     except NnqmdError as error:
-        fields = {"what": error.what, "fix": error.fix, "final": True}
-        return Message("failed", {"share": request.fields["share"], **fields})
+        # What one worker has no memory for may fit into another.
+        final = not (error.__cause__ and out_of_memory(error.__cause__))
+        return Message("failed", {"share": number, "what": error.what, "fix": error.fix, "final": final})
     except Exception as error:
-        log.exception("a share failed")
+        log.exception("a batch failed")
         what = f"The model failed on a structure: {error.__class__.__name__}: {str(error)[:500]}"
-        fields = {"what": what, "fix": "See the worker's log.", "suspects": _culprits(potential, request)}
-        return Message("failed", {"share": request.fields["share"], **fields})
-    spent = time.perf_counter() - started
-    return Message("done", {"share": request.fields["share"], "seconds": spent}, results_to_arrays(results))
+        suspects = _culprits(potentials[name], structures)
+        fields = {"what": what, "fix": "See the worker's log.", "suspects": suspects}
+        return Message("failed", {"share": number, **fields})
+    fields = {"share": number, "seconds": time.perf_counter() - started}
+    if bulk is not None and request.fields.get("forces"):
+        area = bulk.view(request.fields["forces"], "<f8", results.forces.shape)
+        area[:] = results.forces
+        results = replace(results, forces=area)
+    if limits.learned:
+        fields["memory"] = limits.learned
+    return Message("done", fields, results_to_arrays(results))
 
 
-def serve(potential: Potential, address: str, index: int, parent: int) -> None:
-    """Evaluate shares until the pool says stop or is gone.
+class _Drain:
+    """SIGTERM: finish what is in hand, say goodbye, end."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.said = False
+        signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True
+
+
+def serve(
+    potentials: Mapping[str, Potential],
+    address: str,
+    index: int,
+    parent: int | None,
+    patience: float = 600.0,
+    keys: str | Path | None = None,
+) -> int:
+    """Evaluate batches until the pool says stop or is gone.
+
+    A pool that is restarted is joined again.
 
     Parameters
     ----------
-    potential : Potential
-        The model, loaded.
+    potentials : mapping of str to Potential
+        The models, loaded, by the name under which doors ask for them.
     address : str
         Where the pool listens for workers.
     index : int
         Number of this worker, for logs.
-    parent : int
+    parent : int, optional
         Process that started this one; the worker ends when it is gone.
+    patience : float
+        How long to wait for a pool that is not there [s].
+    keys : str or Path, optional
+        Key file for TCP; ``$NNQMD_KEYS`` unless given.
+
+    Returns
+    -------
+    int
+        Exit status: 0, or 3 when the pool refused this worker, or 4 when it is gone.
+
+    Raises
+    ------
+    AddressError
+        TCP beyond this machine without keys, or unusable ones.
     """
-    _warm_up(potential)
+    drain = _Drain()
+    for potential in potentials.values():
+        warm_up(potential)
     context = zmq.Context()
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.LINGER, 0)
-    socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE)
-    socket.connect(address)
-    hello = {"index": index, "pid": os.getpid(), "card": potential.card.as_dict(), "form": potential.form}
-    socket.send_multipart(pack(Message("ready", hello)))
+    socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing is kept for a pool that is not there
+    socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT[0])
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT[1])
+    keep_alive(socket)
+    bulk = Bulk() if near(address) else None
+    refusals = None
     try:
-        while os.getppid() == parent:
-            if not socket.poll(1000):
-                continue
-            try:
-                request = unpack(socket.recv_multipart())
-            except BadMessageError as error:
-                log.error("dropped a message: %s", error)
-                continue
-            if request.kind == "stop":
-                return
-            if request.kind == "refused":
-                log.error("the pool refused this worker: %s", request.fields.get("what"))
-                return
-            socket.send_multipart(pack(_answer(potential, request)), copy=False)
+        refusals = connect(socket, address, keys, "worker")
+        return _converse(socket, refusals, potentials, index, parent, patience, drain, bulk)
     finally:
+        if refusals is not None:
+            refusals.close()
         socket.close()
         context.term()
+
+
+def _converse(
+    socket: zmq.Socket,
+    refusals: Refusals,
+    potentials: Mapping[str, Potential],
+    index: int,
+    parent: int | None,
+    patience: float,
+    drain: _Drain,
+    bulk: Bulk | None,
+) -> int:
+    known = {
+        name: {"card": p.card.as_dict(), "form": p.form, "together": getattr(p, "together", True)}
+        for name, p in potentials.items()
+    }
+    who = {"index": index, "pid": os.getpid(), "host": HOST, "version": __version__, "units": UNITS}
+    who["potentials"] = known
+    if bulk is not None:
+        who["memory"] = bulk.find(bulk.room(8))
+    limits = Limits()
+    socket.poll(1000 * BEAT, zmq.POLLOUT)  # until the connection is there
+    _say(socket, Message("ready", who))
+    heard = time.monotonic()
+    while parent is None or os.getppid() == parent:
+        if drain.asked and not drain.said:
+            drain.said = _say(socket, Message("leaving"))
+            log.info("leaving")
+        if not socket.poll(1000 * BEAT if not drain.asked else 100):
+            silent = time.monotonic() - heard
+            if drain.asked and silent > BEAT * LIVENESS:
+                return 0
+            turned_away = refusals.why()
+            if turned_away is not None:
+                log.error("%s", turned_away.what)
+                return 3
+            if silent > patience:
+                log.error("no word from a pool at %s for %.0f s", socket.last_endpoint, silent)
+                return 4
+            _say(socket, Message("alive"))
+            continue
+        heard = time.monotonic()
+        try:
+            request = unpack(receive(socket), bulk)
+        except OtherProtocolError as error:
+            log.error("the pool at %s cannot be joined: %s", socket.last_endpoint.decode(), error)
+            return 3
+        except NotSharedError as error:  # the door has gone, or lives in another container
+            fields = {
+                "share": error.fields["share"],
+                "what": str(error),
+                "fix": "Start the simulation again.",
+            }
+            _say(socket, Message("failed", fields | {"far": True}))
+            continue
+        except BadMessageError as error:
+            log.error("dropped a message: %s", error)
+            continue
+        if request.kind == "stop":
+            return 0
+        if request.kind == "refused":
+            log.error("the pool refused this worker: %s", request.fields.get("what"))
+            return 3
+        if request.kind == "who":
+            _say(socket, Message("ready", who))
+        elif request.kind == "evaluate":
+            _say(socket, _answer(potentials, limits, request, bulk), bulk)
+            heard = time.monotonic()
+    return 0
+
+
+def _say(socket: zmq.Socket, message: Message, bulk: Bulk | None = None) -> bool:
+    """Send if the pool is there; one that comes later asks who we are."""
+    try:
+        send(socket, message, flags=zmq.NOBLOCK, bulk=bulk)
+    except zmq.Again:
+        return False
+    return True
+
+
+def load_all(
+    models: Mapping[str, str], device: str, compiled: bool = True, hashes: Mapping[str, str] | None = None
+) -> dict[str, Potential]:
+    """Load potentials by name; a model is code, and this executes it.
+
+    Parameters
+    ----------
+    models : mapping of str to str
+        Their sources.
+    device : str
+        "cpu" or "cuda".
+    compiled : bool
+        Compile them for this machine.
+    hashes : mapping of str to str, optional
+        SHA-256 that a model must have.
+
+    Raises
+    ------
+    ModelError
+        One cannot be loaded, or is not the file that it should be.
+    """
+    check_hashes(models, hashes or {})
+    potentials = {}
+    for name, source in models.items():
+        log.info("loading %s from %s, sha256 %s", name, source, source_hash(source) or "unknown")
+        potentials[name] = load(source, device, compiled)
+        log.info("model %s (%s), %s", name, potentials[name].card.name, potentials[name].form)
+    return potentials
 
 
 def main() -> None:
     """Entry point of the worker process: ``python -m nnqmd_server.pool.worker``."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--pool", required=True, help="address at which the pool listens for workers")
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", action="append", required=True, metavar="NAME=SOURCE")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--index", type=int, default=0)
     parser.add_argument("--eager", action="store_true", help="do not compile the model")
+    parser.add_argument("--sha256", action="append", default=[], metavar="NAME=HASH")
+    parser.add_argument("--patience", type=float, default=float("inf"))
+    parser.add_argument("--keys", help="key file for TCP")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     # Ctrl-C reaches the whole process group; the pool stops its workers itself, after their last answer.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = os.getppid()
-
-    import torch
-
-    from nnqmd_server.potentials.allegro import load
-
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     try:
-        potential = load(options.model, options.device, compiled=not options.eager)
+        models = parse_models(options.model)
+        hashes = parse_hashes(options.sha256, models)
+        potentials = load_all(models, options.device, not options.eager, hashes)
+        sys.exit(serve(potentials, options.pool, options.index, parent, options.patience, options.keys))
     except NnqmdError as error:
         log.error("%s", error.what)
         sys.exit(3)
-    log.info("model %s, %s", potential.card.name, potential.form)
-    serve(potential, options.pool, options.index, parent)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ since one frame stays in the cache and a batch does not. On a GPU they are evalu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from vesin import NeighborList
 from nnqmd_server.dipoles import total_dipoles
 from nnqmd_server.errors import InputError, ModelError
 from nnqmd_server.potentials.base import Card, unknown_elements
+from nnqmd_server.potentials.centres import edges_of
 from nnqmd_server.potentials.compiled import compiled_model
 from nnqmd_server.potentials.package import read_card
 from nnqmd_server.structures import Array, Results, Structures, join
@@ -46,6 +48,7 @@ class Allegro:
         self.card = card
         self.form = form
         self._model = model
+        self.together = device != "cpu"
         self._device = torch.device(device)
         self._types = np.full(len(chemical_symbols) + 1, -1, dtype=np.int64)
         for index, symbol in enumerate(card.elements):
@@ -77,10 +80,7 @@ class Allegro:
             results = join([self._evaluate_together(structures[k : k + 1]) for k in range(len(structures))])
         else:
             results = self._evaluate_together(structures)
-        if CENTROID in results.atom_properties and self.card.carriers:
-            results.properties["dipole"] = total_dipoles(
-                structures, results.atom_properties[CENTROID], self.card.ion_charges or {}, self.card.carriers
-            )
+        self.add_dipoles(structures, results)
         return results
 
     def _check(self, structures: Structures) -> None:
@@ -106,8 +106,71 @@ class Allegro:
             shifts.append(s)
         return np.concatenate(centres, axis=1), np.concatenate(shifts).astype(np.float64)
 
+    def evaluate_centres(self, structure: Structures, centres: Array) -> Results:
+        """What some of a structure's atoms contribute; over all atoms these add up to :meth:`evaluate`.
+
+        Their energies, the forces of these on all atoms, their virial, and their own centroids. Exact for
+        a strictly local model, which is given the edges of these centres, all of them and no others.
+
+        Parameters
+        ----------
+        structure : Structures
+            One structure.
+        centres : Array
+            Atoms of it, int64, shape (n_centres,); may be empty.
+
+        Returns
+        -------
+        Results
+            Of the shapes of the whole structure: zeros where these atoms contribute nothing. No dipole.
+
+        Raises
+        ------
+        UnknownElementError, InputError
+            See :meth:`evaluate`.
+        """
+        self._check(structure)
+        n = structure.n_atoms
+        forces = np.zeros((n, 3))
+        atom_properties = {CENTROID: np.zeros((n, 3))} if CENTROID in self.card.properties else {}
+        if not len(centres):
+            return Results(np.zeros(1), forces, np.zeros((1, 3, 3)), {}, atom_properties)
+        edges, shifts = edges_of(structure.positions, structure.cells[0], centres, self.card.cutoff)
+        atoms, places = np.unique(np.concatenate([centres, edges.ravel()]), return_inverse=True)
+        own, edges = places[: len(centres)], places[len(centres) :].reshape(2, -1)
+        around = Structures(
+            structure.numbers[atoms], structure.positions[atoms], structure.cells, np.array([0, len(atoms)])
+        )
+        out = self._run(around, edges, shifts)
+        forces[atoms] = self._array(out[AtomicDataDict.FORCE_KEY])
+        if atom_properties:
+            atom_properties[CENTROID][centres] = self._array(out[CENTROID])[own]
+        # The neighbours without edges of their own still have the constant energy of their element.
+        energy = self._array(out[AtomicDataDict.PER_ATOM_ENERGY_KEY]).reshape(-1)[own].sum()
+        return Results(
+            np.array([energy]), forces, self._virial(out, structure), {}, atom_properties=atom_properties
+        )
+
+    def add_dipoles(self, structures: Structures, results: Results) -> None:
+        """Make the total dipoles from the centroids, where the model has these."""
+        if CENTROID in results.atom_properties and self.card.carriers:
+            results.properties["dipole"] = total_dipoles(
+                structures, results.atom_properties[CENTROID], self.card.ion_charges or {}, self.card.carriers
+            )
+
     def _evaluate_together(self, structures: Structures) -> Results:
-        edge_index, shifts = self._edges(structures)
+        out = self._run(structures, *self._edges(structures))
+        atom_properties = {}
+        if CENTROID in self.card.properties:
+            atom_properties[CENTROID] = self._array(out[CENTROID])
+        return Results(
+            energy=self._array(out[AtomicDataDict.TOTAL_ENERGY_KEY]).reshape(-1),
+            forces=self._array(out[AtomicDataDict.FORCE_KEY]),
+            virial=self._virial(out, structures),
+            atom_properties=atom_properties,
+        )
+
+    def _run(self, structures: Structures, edge_index: Array, shifts: Array) -> dict[str, torch.Tensor]:
         counts = np.diff(structures.offsets)
         # AOTInductor checks nothing: dtype and contiguity are settled here and nowhere else.
         data = {
@@ -119,17 +182,11 @@ class Allegro:
             AtomicDataDict.BATCH_KEY: self._tensor(np.repeat(np.arange(len(structures)), counts), np.int64),
             AtomicDataDict.NUM_NODES_KEY: self._tensor(counts, np.int64),
         }
-        out = self._model(data)
+        return self._model(data)
+
+    def _virial(self, out: dict[str, torch.Tensor], structures: Structures) -> Array:
         stress = self._array(out[AtomicDataDict.STRESS_KEY]).reshape(-1, 3, 3)
-        atom_properties = {}
-        if CENTROID in self.card.properties:
-            atom_properties[CENTROID] = self._array(out[CENTROID])
-        return Results(
-            energy=self._array(out[AtomicDataDict.TOTAL_ENERGY_KEY]).reshape(-1),
-            forces=self._array(out[AtomicDataDict.FORCE_KEY]),
-            virial=-stress * structures.volumes[:, None, None],
-            atom_properties=atom_properties,
-        )
+        return -stress * structures.volumes[:, None, None]
 
     def _tensor(self, array: Array, dtype: type) -> torch.Tensor:
         return torch.from_numpy(np.array(array, dtype=dtype, order="C")).to(self._device)
@@ -165,10 +222,11 @@ def load(path: str | Path, device: str = "cpu", compiled: bool = True) -> Allegr
         file, form = compiled_model(path, card, device)
         if file is not None:
             try:
-                model, _ = load_compiled_model(str(file), device)
+                model, claims = load_compiled_model(str(file), device)
             except Exception as error:  # noqa: BLE001 - what AOTInductor raises for a foreign file is not documented
                 form = f"eager: {file} cannot be loaded ({error!r:.200}); removing it may help"
             else:
+                _check_claims(path, card, claims)
                 return Allegro(model, card, device, form)
     else:
         form = "eager"
@@ -179,4 +237,24 @@ def load(path: str | Path, device: str = "cpu", compiled: bool = True) -> Allegr
             f"{path} cannot be loaded: {error.__class__.__name__}: {error}.",
             "Package it again with the nequip of this installation.",
         ) from error
+    _check_claims(path, card, getattr(model, "metadata", {}))
     return Allegro(model, card, device, form)
+
+
+def _check_claims(path: Path, card: Card, claims: Mapping[str, object]) -> None:
+    """Compare what the network says of itself with what is written beside it in the package.
+
+    Elements in another order, or another cutoff, would give wrong forces without any sign.
+    """
+    types = claims.get("type_names", card.elements)
+    inside = {
+        "elements": tuple(types.split() if isinstance(types, str) else types),
+        "cutoff": float(claims.get("r_max", card.cutoff)),
+        "dtype": str(claims.get("model_dtype", card.dtype)),
+    }
+    for what, found in inside.items():
+        if found != getattr(card, what):
+            raise ModelError(
+                f"{path} is not what it claims: it says {what} {getattr(card, what)}, its network {found}.",
+                "Package it again, or get it from where you trust it; clear the cache of compiled models.",
+            )

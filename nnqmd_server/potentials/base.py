@@ -9,6 +9,16 @@ from typing import Protocol
 from nnqmd_server.errors import UnknownElementError
 from nnqmd_server.structures import Results, Structures
 
+_SYMBOLS = (
+    "X H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr Mn Fe Co Ni Cu Zn Ga Ge As Se Br "
+    "Kr Rb Sr Y Zr Nb Mo Tc Ru Rh Pd Ag Cd In Sn Sb Te I Xe Cs Ba La Ce Pr Nd Pm Sm Eu Gd Tb Dy Ho Er "
+    "Tm Yb Lu Hf Ta W Re Os Ir Pt Au Hg Tl Pb Bi Po At Rn Fr Ra Ac Th Pa U Np Pu Am Cm Bk Cf Es Fm Md "
+    "No Lr Rf Db Sg Bh Hs Mt Ds Rg Cn Nh Fl Mc Lv Ts Og"
+)
+
+SYMBOLS = tuple(_SYMBOLS.split())
+"""Chemical symbols by atomic number: here, since a worker of a foreign interpreter may lack ASE."""
+
 
 @dataclass(frozen=True)
 class Card:
@@ -32,6 +42,8 @@ class Card:
         Charge of the ion core of each element [e]; empty without a Wannier read-out.
     carriers : dict
         Electrons that the Wannier centroid of each carrier element stands for.
+    strictly_local : bool
+        Every atom's energy depends on the edges of that atom alone, so a structure can be split by centres.
     """
 
     name: str
@@ -42,6 +54,7 @@ class Card:
     properties: tuple[str, ...] = ()
     ion_charges: dict[str, float] | None = None
     carriers: dict[str, float] | None = None
+    strictly_local: bool = False
 
     def as_dict(self) -> dict:
         """As plain JSON types."""
@@ -62,6 +75,10 @@ class Potential(Protocol):
     card: Card
     form: str
     """How the model runs, in words for the log ("compiled for cpu", "eager, no C++ compiler")."""
+    # Optional: `together` (bool, True where it is missing) says that a batch costs less than its structures
+    # one by one, so that simulations are merged for it.
+    # Optional: `together` (bool, True where it is missing) says that a batch costs less than its structures
+    # one by one, so that simulations are merged for it.
 
     def evaluate(self, structures: Structures) -> Results:
         """Energies [eV], forces [eV/Angstrom], virials [eV] and properties, in the order given."""

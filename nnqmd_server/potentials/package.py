@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+import zlib
 from pathlib import Path
-
-import yaml
 
 from nnqmd_server.errors import ModelError
 from nnqmd_server.potentials.base import Card
 
 PACKAGE_SUFFIX = ".nequip.zip"
+
+_MAX_TEXT = 1 << 20
+
+# Allegro passes no messages between atoms; other nequip models do.
+_STRICTLY_LOCAL = {"allegro.model.AllegroModel", "nnqmd_server.networks.allegro_wannier.AllegroWannier"}
 
 
 def file_hash(path: Path) -> str:
@@ -32,6 +36,8 @@ def read_card(path: str | Path) -> Card:
     ModelError
         The file is missing or is not a packaged model.
     """
+    import yaml  # here: a worker of a foreign interpreter may lack it, and reads no packages
+
     path = Path(path)
     wanted = "Give a packaged model (.nequip.zip), as `nnqmd train` or `nequip-package build` writes it."
     if not path.is_file():
@@ -42,9 +48,12 @@ def read_card(path: str | Path) -> Card:
             metadata_name = _member(archive, "/model/package_metadata.txt")
             if config_name is None or metadata_name is None:
                 raise ModelError(f"{path} is a zip file but not a packaged model.", wanted)
+            for name in (config_name, metadata_name):
+                if archive.getinfo(name).file_size > _MAX_TEXT:
+                    raise ModelError(f"{path} is not a model: its {name} is too long.", wanted)
             config = yaml.safe_load(archive.read(config_name))
             metadata = yaml.safe_load(archive.read(metadata_name))
-    except (OSError, zipfile.BadZipFile, yaml.YAMLError) as error:
+    except (OSError, zipfile.BadZipFile, zlib.error, RecursionError, yaml.YAMLError) as error:
         raise ModelError(f"{path} is not a model: {error}.", wanted) from error
     try:
         model = config["training_module"]["model"]
@@ -59,6 +68,7 @@ def read_card(path: str | Path) -> Card:
             properties=("wannier_centroid", "dipole") if carriers else (),
             ion_charges=model.get("ion_charges") if carriers else None,
             carriers=carriers,
+            strictly_local=model.get("_target_") in _STRICTLY_LOCAL,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path} lacks an entry of a packaged model: {error}.", wanted) from error
