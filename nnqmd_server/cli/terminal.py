@@ -8,6 +8,11 @@ from nnqmd_server.errors import NnqmdError
 console = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
+EXTRAS_HELP = (
+    "what i-PI gets as extras, as far as the model has it: dipole, charges, committee_pot, committee_force,"
+    " committee_virial"
+)
+
 
 def show_error(error: NnqmdError) -> None:
     """Print what is wrong and the fix."""
