@@ -23,7 +23,7 @@ demo: $(VENV)/.ready
 	$(BIN)/nnqmd run ipi_inputs/ammonia-solid-trpmd/input.xml --model $(MODEL) --out $(DEMO) --force
 	$(BIN)/nnqmd spectrum ins $(DEMO) --skip 200
 	$(BIN)/nnqmd spectrum ir $(DEMO) --skip 200
-	@echo "The pictures: $(DEMO)/ins.png and $(DEMO)/ir.png"
+	@echo "The pictures: $(DEMO)/ins.png, $(DEMO)/ir.png; everything on one page: $(DEMO)/report.html"
 
 test: $(VENV)/.ready
 	$(BIN)/ruff check .

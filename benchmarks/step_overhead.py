@@ -85,8 +85,8 @@ class BareModel:
     """Processes that have their part of the beads at hand and evaluate it when told."""
 
     def __init__(self, workers: int, rounds: int) -> None:
-        from nnqmd_server.pool.launch import worker_settings
-        from nnqmd_server.pool.shares import cut
+        from nnqmd_server.pool.cutting import cut
+        from nnqmd_server.pool.processes import worker_settings
 
         context = multiprocessing.get_context("spawn")
         self._barrier, self._times = context.Barrier(workers + 1), context.Queue()
@@ -148,7 +148,9 @@ def main() -> None:
     rounds = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        with LocalPool(MODEL, folder / "logs", workers=options.workers, device="cpu") as pool:
+        with LocalPool(
+            {"ammonia": str(MODEL)}, folder / "logs", workers=options.workers, device="cpu"
+        ) as pool:
             pool.wait_ready()
             bare_model = BareModel(options.workers, options.rounds)
             for k in range(options.rounds):

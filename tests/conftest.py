@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 from ase import Atoms
+
+# A shell that starts the tests in the background ignores Ctrl-C for them, and what they start inherits that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "examples/ammonia/models/small/ammonia-small.nequip.zip"
@@ -35,7 +39,7 @@ def pool(tmp_path_factory, potential):
     from nnqmd_server.pool.launch import LocalPool
 
     logs = tmp_path_factory.mktemp("pool-logs")
-    with LocalPool(MODEL, logs, workers=2, device="cpu") as running:
+    with LocalPool({"ammonia": str(MODEL)}, logs, workers=2, device="cpu") as running:
         running.wait_ready(timeout=280)
         yield running
 

@@ -59,3 +59,13 @@ def test_a_proton_that_moves_over_does_not_make_the_dipole_jump():
         # An NH2- and an NH3: neutral with one more charge at N 8, so the sum is origin-free in its change.
         totals.append(total_dipoles(one, np.zeros((7, 3)), IONS, CARRIERS)[0])
     assert totals[1] == pytest.approx(totals[0], abs=1e-5)
+
+
+def test_a_large_structure_is_worked_off_in_parts(frames, monkeypatch):
+    frame = frames[0]
+    words = frame.numbers, frame.positions, frame.cell.array, frame.arrays["wannier_centroid"], IONS, CARRIERS
+    whole, charges = molecular_dipoles(*words)
+    monkeypatch.setattr("nnqmd_server.dipoles._PAIRS", 7)
+    parts, same = molecular_dipoles(*words)
+    assert parts == pytest.approx(whole, abs=1e-13)
+    assert np.array_equal(same, charges)

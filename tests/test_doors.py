@@ -294,7 +294,7 @@ def test_structures_that_cannot_be_evaluated_are_kept_with_bead_and_force_set(
     sets.evaluate([h for h, _ in sent], [q for _, q in sent], ids)
     broken = sent[3][1].copy()
     broken[3:6] = broken[0:3]
-    with pytest.raises(StructureError, match=r"bead 13; kept in .*quarantine.extxyz"):
+    with pytest.raises(StructureError, match=r"bead 13 of force set 1; kept in .*quarantine.extxyz"):
         sets.evaluate(
             [h for h, _ in sent],
             [q if k != 3 else broken for k, (_, q) in enumerate(sent)],

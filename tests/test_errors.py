@@ -111,7 +111,7 @@ def test_a_batch_size_that_is_not_the_number_of_beads(source, tmp_path):
     edit(source, "<batch_size>8", "<batch_size>4")
     assert_error(
         nnqmd("run", source, "--model", MODEL, cwd=tmp_path),
-        "<batch_size> is 4",
+        "<batch_size> of allegro is 4",
         "<batch_size>8</batch_size>",
     )
 
@@ -181,7 +181,7 @@ def test_an_ipi_socket_that_is_taken_or_left_behind(source, tmp_path):
         assert_error(
             nnqmd(*words, "--out", "b", cwd=tmp_path), "was left behind", f"rm {path}", "--remove-stale"
         )
-        check(source, MODEL, remove_stale=True)
+        check(source, {"ammonia": str(MODEL)}, remove_stale=True)
         assert not path.exists()
     finally:
         path.unlink(missing_ok=True)
@@ -275,7 +275,7 @@ def test_addresses_that_strangers_could_reach_are_refused(tmp_path):
         "nonsense",
     ):
         with pytest.raises(AddressError):
-            LocalPool(MODEL, tmp_path, address=address, workers=1, device="cpu")
+            LocalPool({"ammonia": str(MODEL)}, tmp_path, address=address, workers=1, device="cpu")
     (tmp_path / "open").mkdir(mode=0o777)
     (tmp_path / "open").chmod(0o777)
     with pytest.raises(AddressError, match="open to other users"):

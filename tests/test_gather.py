@@ -118,3 +118,25 @@ def test_a_force_set_of_which_somebody_else_had_a_part_is_not_mixed_with_the_nex
     assert order.add([one(0), one(1)], ["a", "b"]) == []
     assert order.add([one(1), one(0)], ["d", "c"]) == [None]
     assert order.add([one(2)], ["e"]) == [["c", "d", "e"]]
+
+
+def test_force_sets_are_counted_whatever_they_come_as():
+    order = BeadOrder(3)
+    whole = [one(5), one(6), one(7)]
+    assert order.number_of(whole) == 0
+    assert order.add(whole, list("abc")) == [list("abc")]
+    assert order.add([one(6)], ["b"]) == []
+    assert order.number_of([one(5)]) == 1  # the same force set
+    assert order.number_of([one(6)]) == 2  # one that somebody else had a part of has ended
+    assert order.add([one(6), one(5), one(7)], list("bac")) == [None, list("abc")]
+    assert (order.ended, order.regular) == (3, 1)
+
+
+def test_force_sets_are_counted_where_the_number_of_beads_is_not_known():
+    order = BeadOrder(None)
+    for _ in range(3):
+        order.add([range(0, 4)], ["x"])  # all in one place, so all but one look like padding
+    assert (order.ended, order.number_of([one(0)])) == (2, 3)
+    order.add([one(0), range(1, 4)], list("ab"))
+    order.add([one(2), one(3)], list("cd"))
+    assert (order.ended, order.number_of([one(0), one(1)])) == (3, 4)

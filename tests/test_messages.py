@@ -41,23 +41,32 @@ def test_structures_and_results_survive_the_wire_bit_for_bit():
 
 
 def spoilt_frames():
-    good = [bytes(f) for f in pack(Message("evaluate", {"request": 1}, {"positions": np.zeros((4, 3))}))]
+    arrays = {"cells": np.zeros((4, 3)), "positions": np.zeros((800, 3))}
+    good = [bytes(f) for f in pack(Message("evaluate", {"request": 1}, arrays))]
+    assert len(good) == 3
+    unpack(good)
     header = json.loads(good[0])
     yield []
-    yield [b"\x80\x04\x95rubbish", good[1]]
-    yield [b"{" * 70_000]
-    yield [good[0], good[1][:-8]]
-    yield [good[0]]
-    yield [good[0], good[1], good[1]]
+    yield good[:1]
+    yield [b"\x80\x04\x95rubbish", *good[1:]]
+    yield [b"{" * 70_000, b""]
+    yield [good[0], good[1][:-8], good[2]]
+    yield [good[0], good[1] + bytes(8), good[2]]
+    yield [good[0], good[1], good[2][:-8]]
+    yield [good[0], good[1], good[2] + bytes(8)]
+    yield good[:2]
+    yield [*good, good[2]]
     for change in (
         {"protocol": 99},
         {"kind": 3},
         {"arrays": [["positions", "<O8", [4, 3]]]},
         {"arrays": [["positions", "<f8", [-4, -3]]]},
         {"arrays": [["positions", "<f8", [1 << 40, 1 << 40]]]},
+        {"arrays": [["positions", "<f8"]]},
         {"arrays": "positions"},
+        {"arrays": [["a", "<f8", [0]]] * 100},
     ):
-        yield [json.dumps(header | change).encode(), good[1]]
+        yield [json.dumps(header | change).encode(), *good[1:]]
 
 
 @pytest.mark.parametrize("frames", list(spoilt_frames()))
@@ -71,7 +80,7 @@ def test_rubbish_is_refused(frames):
     [
         ("offsets", np.array([0, 99])),
         ("offsets", np.array([0, 0, 16])),
-        ("numbers", np.full(16, 400)),
+        ("numbers", np.full(16, 200, np.uint8)),
         ("numbers", np.full(16, 1.0)),
         ("positions", np.zeros((15, 3))),
         ("cells", np.zeros((2, 3, 3))),

@@ -16,9 +16,14 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import test_extras
 import test_runs
-from conftest import MODEL
+import test_sockets
+from ase import Atoms
+from ase.io import read
+from conftest import MODEL, ROOT
 from ipi.interfaces.mpi import InterfaceMPI
+from springs import NUMBERS, POSITIONS, positions, start_ipi, write_input
 from test_runs import EVERY_STEP, STEPS, numbers, variant
 
 from nnqmd_server.doors.mpi import Tag, read_work, write_results
@@ -140,11 +145,13 @@ def ffmpi(*names, beads=BEADS):
     return EVERY_STEP | {r"<ffdirect.*?</ffdirect>": blocks, r"<force forcefield.*?/>": forces}
 
 
-def serve(count=1, *options, node="here"):
+def serve(count=1, *options, node="here", model=str(MODEL), before=""):
     """A section of the mpiexec line with driver ranks."""
-    program = [sys.executable, "-c", "from nnqmd_server.cli import main; main()"]
-    chosen = ["serve", str(MODEL), "--door", "mpi", "--beads", str(BEADS), "--template", "init.xyz"]
-    rank = ["env", f"NNQMD_NODE={node}", *program, *chosen, "--workers", "1", "--device", "cpu", *options]
+    program = [sys.executable, "-c", f"{before}from nnqmd_server.cli import main; main()"]
+    chosen = ["serve", model, "--door", "mpi", "--template", "init.xyz"]
+    chosen += [] if "--beads" in options else ["--beads", str(BEADS)]
+    places = [f"NNQMD_NODE={node}", f"PYTHONPATH={ROOT}:{Path(__file__).parent}"]
+    rank = ["env", *places, *program, *chosen, "--workers", "1", "--device", "cpu", *options]
     return [":", "-n", str(count), *rank]
 
 
@@ -160,9 +167,9 @@ def mpiexec():
     return [MPIEXEC]
 
 
-def start(source, *drivers):
+def start(source, *drivers, ipi=()):
     command = mpiexec()
-    command += ["-n", "1", sys.executable, find_ipi(), source.name]
+    command += ["-n", "1", sys.executable, *ipi, find_ipi(), source.name]
     with (source.parent / "log").open("w") as log:
         return subprocess.Popen(
             [*command, *(word for driver in drivers for word in driver)],
@@ -227,6 +234,89 @@ def test_the_same_trajectory_through_the_direct_and_the_mpi_door(direct, tmp_pat
     assert structures(log) == [BEADS * (STEPS + 1)]  # no bead was computed twice
     assert (folder / "nh3.dip_7").exists()
     assert not list(folder.glob("nnqmd-logs/rank-2"))  # the ranks of a node share a pool
+
+
+# ---- with springs instead of the model
+
+SPRINGS = f"{Path(__file__).parent}/spring_potential.py:springs"
+
+
+def spring_input(folder, beads=BEADS, **options):
+    block = f"<ffmpi name='springs'><batch_size>{beads}</batch_size></ffmpi>"
+    return write_input(folder, block, beads, **options)
+
+
+@needs_mpi
+@pytest.mark.peer
+def test_fifty_steps_are_the_same_to_round_off_and_ipi_reads_the_extras(tmp_path):
+    harmonic = write_input(tmp_path / "own", test_sockets.HARMONIC, test_extras.BEADS, 50, precise=True)
+    assert start_ipi(harmonic).wait(60) == 0
+    files = test_extras.FILES
+    source = spring_input(tmp_path, test_extras.BEADS, steps=50, output=files, precise=True)
+    options = ["--beads", str(test_extras.BEADS), "--extras", test_extras.WANTED]
+    status, log = finish(start(source, serve(1, *options, model=SPRINGS)), tmp_path)
+    assert status == 0, log[-3000:]
+    test_sockets.assert_same_to_round_off(tmp_path, tmp_path / "own")
+    test_extras.assert_extras(tmp_path, steps=50)
+    assert structures(log) == [test_extras.BEADS * 51]
+
+
+@needs_mpi
+@pytest.mark.peer
+@pytest.mark.parametrize("told", [True, False])
+def test_the_quarantine_tells_the_bead_where_it_is_known(tmp_path, told):
+    beads, bead, step = 3, 2, 6
+    own = write_input(tmp_path / "own", test_sockets.HARMONIC, beads, step + 1, POSITIONS)
+    assert start_ipi(own).wait(60) == 0
+    source = spring_input(tmp_path, beads, steps=1000, safe_stride=1)
+    np.save(tmp_path / "marked.npy", positions(tmp_path / "own", beads)[step, bead])
+    section = serve(1, "--beads", str(beads), model=SPRINGS.replace(":springs", ":marked"))
+    if not told:
+        at = section.index("--beads")
+        del section[at : at + 2]
+        # Any structure file will do, though ASE reads most of them together with all ranks of a job.
+        Atoms(NUMBERS).write(tmp_path / "init.extxyz")
+        section[section.index("init.xyz")] = "init.extxyz"
+    status, log = finish(start(source, section), tmp_path, seconds=60)
+    assert status != 0
+    assert "nnqmd: RESTART was written" in log
+    assert (f"bead {bead} of force set {step}" in log) == told
+    (frame,) = read(tmp_path / "quarantine.extxyz", ":")
+    assert "charge that is not finite" in frame.info["reason"]
+    assert (frame.info.get("bead"), frame.info.get("force_set")) == ((bead, step) if told else (None, None))
+
+
+BROKEN = """
+import runpy, sys
+from ipi.engine.simulation import Simulation
+step = Simulation.run_step
+def broken(self, number):
+    if number == 20:
+        raise RuntimeError("a bug of i-PI")
+    step(self, number)
+Simulation.run_step = broken
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@needs_mpi
+@pytest.mark.peer
+@pytest.mark.parametrize("here", [True, False])
+def test_an_ipi_that_fails_ends_the_job(tmp_path, here):
+    """It waits for all of us in MPI_Finalize: seen on its node, noticed by its silence from another."""
+    source = spring_input(tmp_path, steps=1000)
+    (tmp_path / "broken.py").write_text(BROKEN)
+    hide = "" if here else "import nnqmd_server.doors.mpi as m; m.rank_zero = lambda number: None;"
+    began = time.monotonic()
+    section = serve(1, *([] if here else ["--silence", "5"]), model=SPRINGS, before=hide)
+    status, log = finish(start(source, section, ipi=["broken.py"]), tmp_path, seconds=40)
+    assert status != 0
+    assert time.monotonic() - began < 25
+    assert "a bug of i-PI" in log
+    words = "i-PI has ended with an error" if here else "i-PI has asked for nothing for 5 s"
+    assert words in log
+    assert_workers_end(tmp_path)
 
 
 @needs_mpi
@@ -343,7 +433,7 @@ def test_a_signal_to_mpiexec_stops_the_run_softly(tmp_path, number):
     [
         (["--template", "none.xyz"], "no template structure"),
         (["--address", "tcp://0.0.0.0:5555"], "can be reached from other machines"),
-        (["--beads", "0"], "Invalid value"),
+        (["--beads", "0"], "--beads is '0'"),
         (["--door", "mpj"], "no door 'mpj'"),
         (["--group", "1", "--dipoles", "d.h5"], "the dipoles cannot be kept in order"),
     ],

@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 import zmq
 from conftest import crystal
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from toys import CARD, ToyWorker, toy
 
-from nnqmd_server.errors import PoolError, StructureError
+from nnqmd_server.errors import InputError, PoolError, StructureError
 from nnqmd_server.pool.client import PoolClient
+from nnqmd_server.pool.cutting import cut
 from nnqmd_server.pool.messages import Message, pack
-from nnqmd_server.pool.scheduler import Pool, cut
+from nnqmd_server.pool.scheduler import Pool
 from nnqmd_server.structures import from_ase
 
 
@@ -256,6 +259,45 @@ def test_rubbish_is_counted_and_does_no_harm(toys):
     assert pool.status().refused >= 3
 
 
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+NAMES = "request potential potentials share seconds index pid client memory forces".split()  # noqa: SIM905
+KINDS = ("ready", "done", "failed", "evaluate", "waiting", "status", "leaving", "alive", "x")
+NASTY = [
+    np.inf,
+    -1,
+    "x",
+    [],
+    {"p": 5},
+    {"p": {"card": 5}},
+    {"p": {"card": CARD | {"cutoff": "x"}, "form": 1}},
+]
+FIELDS = st.dictionaries(st.sampled_from(NAMES), st.sampled_from(NASTY) | ANYTHING, min_size=3, max_size=9)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.sampled_from(KINDS), FIELDS), min_size=10, max_size=20))
+def test_whatever_fields_a_message_has_the_pool_goes_on(toys, messages):
+    pool, client, add, ready, backs = toys
+    if not pool.status().workers:
+        add(1)
+        ready(1)
+    context = zmq.Context()
+    doors = pool._doors.getsockopt_string(zmq.LAST_ENDPOINT)
+    for address in (doors, backs):
+        stranger = context.socket(zmq.DEALER)
+        stranger.setsockopt(zmq.LINGER, 500)
+        stranger.connect(address)
+        for kind, fields in messages:
+            stranger.send_multipart(pack(Message(kind, fields)))
+        stranger.close()
+    context.term()
+    assert np.array_equal(client.submit(BEADS[:1]).forces, BEADS[:1].positions)
+
+
 def test_a_pool_without_workers_says_so_in_bounded_time(toys):
     pool, client, _, _, _ = toys
     started = time.monotonic()
@@ -314,3 +356,30 @@ def test_a_door_that_waits_long_does_not_ask_twice(toys):
     ready(1)
     assert np.array_equal(client.submit(BEADS).forces, BEADS.positions)
     assert worker.shares == [8]
+
+
+def test_each_simulation_is_answered_by_the_potential_it_named(toys):
+    """Two potentials in one pool: shares go only to workers that hold the one that is asked."""
+    pool, _, add, ready, _ = toys
+    cheap, full = add(1, name="cheap"), add(2, name="full", card={**CARD, "sha256": "b" * 64})
+    ready(2)
+    address = pool._doors.getsockopt_string(zmq.LAST_ENDPOINT)
+    one, other = (PoolClient(address, 10.0, name) for name in ("cheap", "full"))
+    unsaid, wrong = PoolClient(address, 10.0), PoolClient(address, 0.3, "nobody")
+    try:
+        one.submit(BEADS)
+        assert (sum(cheap.shares), sum(full.shares)) == (8, 0)
+        other.submit(BEADS)
+        assert (sum(cheap.shares), sum(full.shares)) == (8, 8)
+        assert other.card()["sha256"] == "b" * 64
+        with pytest.raises(PoolError, match="several potentials; it has cheap, full"):
+            unsaid.submit(BEADS)
+        with pytest.raises(InputError, match="several potentials: cheap, full"):
+            unsaid.card()
+        with pytest.raises(PoolError, match="no potential 'nobody'"):
+            wrong.card()
+        with pytest.raises(PoolError, match="no potential 'nobody'"):
+            wrong.submit(BEADS)
+    finally:
+        for client in (one, other, unsaid, wrong):
+            client.close()

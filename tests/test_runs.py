@@ -163,7 +163,7 @@ def test_a_killed_worker_changes_nothing_in_the_trajectory(direct, tmp_path):
     from nnqmd_server.pool.launch import LocalPool
 
     source = variant(tmp_path, "in", EVERY_STEP)
-    with LocalPool(MODEL, tmp_path / "logs", workers=2, device="cpu") as own:
+    with LocalPool({"ammonia": str(MODEL)}, tmp_path / "logs", workers=2, device="cpu") as own:
         own.wait_ready(timeout=200)
 
         def kill():
@@ -186,7 +186,7 @@ def test_a_pool_that_dies_ends_the_run_with_a_restart_that_works(direct, pool, t
     from nnqmd_server.pool.launch import LocalPool
 
     source = variant(tmp_path, "in", EVERY_STEP | {"safe_stride='100'": "safe_stride='1'"})
-    with LocalPool(MODEL, tmp_path / "logs", workers=1, device="cpu") as own:
+    with LocalPool({"ammonia": str(MODEL)}, tmp_path / "logs", workers=1, device="cpu") as own:
         own.wait_ready(timeout=200)
 
         def kill():
@@ -240,7 +240,7 @@ def test_a_killed_ipi_is_reported_and_its_socket_is_cleared_away(pool, tmp_path)
     with pytest.raises(ProgramError, match="exit status -9"):
         job.wait(lambda: None, interval=0.05)
     assert time.monotonic() - began < 2.0
-    assert not job._thread.is_alive()
+    assert not job._threads[0].is_alive()
     assert not Path(f"/tmp/ipi_{name}").exists()
 
 

@@ -23,9 +23,10 @@ def toy(structures):
 class ToyWorker(threading.Thread):
     """A worker in a thread; ``spoil`` may change or swallow its answers."""
 
-    def __init__(self, address, pid, spoil=None, card=CARD, delay=0.0):
+    def __init__(self, address, pid, spoil=None, card=CARD, delay=0.0, name="toy", evaluate=toy):
         super().__init__(daemon=True)
         self.address, self.pid, self.spoil, self.card, self.delay = address, pid, spoil, card, delay
+        self.name_of_potential, self.evaluate = name, evaluate
         self.shares, self.refused, self.left = [], None, threading.Event()
         self.start()
 
@@ -33,12 +34,20 @@ class ToyWorker(threading.Thread):
         context = zmq.Context()
         link = context.socket(zmq.DEALER)
         link.connect(self.address)
-        hello = {"index": self.pid, "pid": self.pid, "card": self.card, "form": "toy"}
+        hello = {
+            "index": self.pid,
+            "pid": self.pid,
+            "potentials": {self.name_of_potential: {"card": self.card, "form": "toy"}},
+        }
         link.send_multipart(pack(Message("ready", hello)))
         while not self.left.is_set():
             if not link.poll(50):
                 continue
             request = unpack(link.recv_multipart())
+            if request.kind == "who":
+                link.send_multipart(pack(Message("ready", hello)))
+            if request.kind in {"alive", "who"}:
+                continue
             if request.kind != "evaluate":
                 self.refused = request.fields.get("what")
                 break
@@ -48,7 +57,7 @@ class ToyWorker(threading.Thread):
             answer = Message(
                 "done",
                 {"share": request.fields["share"], "seconds": 0.01},
-                results_to_arrays(toy(structures)),
+                results_to_arrays(self.evaluate(structures)),
             )
             answer = self.spoil(answer) if self.spoil else answer
             if answer is not None:
