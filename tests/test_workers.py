@@ -76,6 +76,7 @@ class House:
         wait(lambda: len(self.pool.status().workers) == count)
 
     def said(self, event):
+        self.pool.status()  # by then all is told that was answered
         return [fields for what, fields in self.events if what == event]
 
     def close(self):

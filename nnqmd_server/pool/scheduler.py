@@ -179,7 +179,10 @@ class Pool:
         self._hopeless = why
 
     def status(self) -> Status:
-        """A consistent enough glance for a display."""
+        """A consistent enough glance for a display: whoever has an answer finds it counted."""
+        until = time.monotonic() + POLL
+        while self._untold and time.monotonic() < until:
+            time.sleep(1e-4)
         workers = sorted(self._dispatch.workers.copy().values(), key=lambda w: w.index)
         seen, counts = self.watch.workers(), self.watch.counts
         return Status(
@@ -227,6 +230,7 @@ class Pool:
             self._fail_all("The pool was stopped.")
             for worker in list(self._dispatch.workers.values()):
                 self._send(self._backs, worker.identity, Message("stop"))
+            self._tell()
             time.sleep(0.05)  # lets the farewell leave before the sockets close
         finally:
             self._gate.close()
@@ -237,7 +241,8 @@ class Pool:
 
     def _tell(self) -> None:
         while self._untold:
-            self.watch(*self._untold.popleft())
+            self.watch(*self._untold[0])
+            self._untold.popleft()
 
     def _fail_all(self, why: str) -> None:
         self._answer(self._dispatch.fail_all(Fault(why, "See the workers' logs.")))
@@ -343,8 +348,6 @@ class Pool:
         )
 
     def _answer(self, outcomes: Sequence[Outcome]) -> None:
-        if outcomes:
-            self._tell()  # whoever has the answer finds it counted
         for job, found in outcomes:
             if isinstance(found, Fault):
                 fields = {"what": found.what, "fix": found.fix, "suspects": list(found.suspects)}

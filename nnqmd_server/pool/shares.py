@@ -126,7 +126,14 @@ class Batch:
 
 def structures_of(runs: Sequence[Run]) -> Structures:
     """The structures of some runs, one behind another; not copied where there is one run."""
-    return concatenate([run.job.structures[run.first : run.last] for run in runs])
+    return concatenate(
+        [
+            run.job.structures
+            if len(run) == len(run.job.structures)
+            else run.job.structures[run.first : run.last]
+            for run in runs
+        ]
+    )
 
 
 def results_by_run(runs: Sequence[Run], structures: Structures, results: Results) -> list[Results]:
@@ -217,8 +224,7 @@ def _all_sound(results: Results, max_force: float) -> bool:
     """A quick look that may say no to results that are sound."""
     others = (results.energy, results.virial, *results.properties.values(), *results.atom_properties.values())
     # Each |component| below the cap over sqrt(3) keeps the norm below the cap; NaN fails every comparison.
-    cap = max_force / 1.7321
-    forces = results.forces
+    cap, forces = max_force / 1.7321, results.forces
     if forces.size and not (forces.max() <= cap and forces.min() >= -cap):
         return False
     return all(math.isfinite(values.sum()) for values in others)
