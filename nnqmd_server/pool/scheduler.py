@@ -178,6 +178,10 @@ class Pool:
         """No worker is left: everything that is asked fails with this reason until another one joins."""
         self._hopeless = why
 
+    def worker_pids(self) -> set[int]:
+        """Processes of the workers of this machine that are ready."""
+        return {w.pid for w in self._dispatch.workers.copy().values() if w.host == HOST}
+
     def status(self) -> Status:
         """A consistent enough glance for a display: whoever has an answer finds it counted."""
         until = time.monotonic() + POLL
