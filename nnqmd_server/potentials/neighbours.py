@@ -35,8 +35,9 @@ from vesin import NeighborList
 from nnqmd_server.potentials.pairs import Pairs, pairs_between
 from nnqmd_server.structures import Array, Structures
 
-SKIN = 1.0
-"""How much two atoms may come closer, together, before a list is made anew [Angstrom]."""
+SKIN = 1.4
+"""How much closer two atoms may come before a list is made anew [Angstrom]; of beads half of it, since they
+explore together what their spread says. Both are the cheapest for ammonia at 100 K: docs/evaluation.md."""
 
 WIDEST = 0.35
 """Largest b_i, as a part of the cutoff: beads further apart than that have lists of their own."""
@@ -130,7 +131,8 @@ class Lists:
     cutoff : float
         Cutoff radius [Angstrom].
     skin : float
-        How much two atoms may come closer before a list is made anew [Angstrom]; 0 keeps none.
+        How much closer two atoms may come before a list is made anew [Angstrom], half of it for beads; 0
+        keeps none.
     """
 
     def __init__(self, cutoff: float, skin: float = SKIN) -> None:
@@ -202,7 +204,8 @@ class Lists:
         while len(pending):
             members, reach = self._group(numbers, positions[pending])
             keep = self.skin > 0 and kind.worth_keeping()
-            one = self._make(positions[pending[members]].mean(axis=0), cell, reach + keep * self.skin / 2)
+            margin = keep * self.skin / (2 if len(members) == 1 else 4)
+            one = self._make(positions[pending[members]].mean(axis=0), cell, reach + margin)
             kind.made += 1
             kind.used_again += len(members) - 1
             chosen.append((pending[members], one))
@@ -220,7 +223,7 @@ class Lists:
         Beads explore what their neighbours explore: atoms of one element are given the largest spread among
         them.
         """
-        widest = WIDEST * self.cutoff - self.skin / 2
+        widest = WIDEST * self.cutoff - self.skin / 4
         near = np.flatnonzero(_distances(positions, positions[0]).max(axis=1) <= 2 * widest)
         for _ in range(3):  # those far from the centre move it: once they are out it moves again
             if len(near) <= 1:
