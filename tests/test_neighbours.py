@@ -244,6 +244,9 @@ def test_one_atom_no_atom_and_no_edges(arithmetic):
         assert [s.shape for _, s in found] == [(0, 3), (0, 3), (18, 3), (0, 3)]
         same(found[2:3], [by_hand(np.array([[0.3, 0, 0]]), np.eye(3) * 4.0, 5.0)])
     assert lists.edges(batch[0:0]) == []
+    (nothing,) = lists.edges(empty)
+    assert nothing[0].shape == (2, 0)
+    assert edges_on_device(empty, lists, torch.device("cpu"))[2].tolist() == [0]
 
 
 def test_numpy_and_native_agree_to_the_last_bit():

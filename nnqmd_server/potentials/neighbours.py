@@ -181,8 +181,10 @@ class Lists:
         found = []
         for first, last in _runs(structures):
             cell = structures.cells[first]
-            positions = structures[first:last].positions.reshape(last - first, -1, 3)
             numbers = structures.numbers[structures.atoms_of(first)]
+            if not len(numbers):
+                continue
+            positions = structures[first:last].positions.reshape(last - first, len(numbers), 3)
             found += [(first + which, cell, one) for which, one in self._lists_for(numbers, positions, cell)]
         return found
 
@@ -270,7 +272,7 @@ def _runs(structures: Structures) -> Sequence[tuple[int, int]]:
     differ = np.ones(count, dtype=bool)
     differ[1:] = (sizes[1:] != sizes[:-1]) | (structures.cells[1:] != structures.cells[:-1]).any(axis=(1, 2))
     if (sizes == sizes[0]).all():
-        numbers = structures.numbers.reshape(count, -1)
+        numbers = structures.numbers.reshape(count, sizes[0])
         differ[1:] |= (numbers[1:] != numbers[:-1]).any(axis=1)
     else:
         for k in np.flatnonzero(~differ):
