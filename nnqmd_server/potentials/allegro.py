@@ -6,24 +6,20 @@ since one frame stays in the cache and a batch does not. On a GPU they are evalu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from ase.data import atomic_numbers, chemical_symbols
 from nequip.data import AtomicDataDict
-from nequip.model.inference_models import load_compiled_model
-from nequip.model.saved_models.load_utils import load_saved_model
-from nequip.utils.global_state import set_global_state
 from vesin import NeighborList
 
 from nnqmd_server.dipoles import total_dipoles
-from nnqmd_server.errors import InputError, ModelError
+from nnqmd_server.errors import InputError
 from nnqmd_server.potentials.base import Card, unknown_elements
 from nnqmd_server.potentials.centres import edges_of
-from nnqmd_server.potentials.compiled import compiled_model
-from nnqmd_server.potentials.package import read_card
+from nnqmd_server.potentials.forms import load_network
+from nnqmd_server.potentials.tensors import model_input
 from nnqmd_server.structures import Array, Results, Structures, join
 
 CENTROID = "wannier_centroid"
@@ -172,89 +168,49 @@ class Allegro:
 
     def _run(self, structures: Structures, edge_index: Array, shifts: Array) -> dict[str, torch.Tensor]:
         counts = np.diff(structures.offsets)
-        # AOTInductor checks nothing: dtype and contiguity are settled here and nowhere else.
         data = {
-            AtomicDataDict.POSITIONS_KEY: self._tensor(structures.positions, np.float64),
-            AtomicDataDict.EDGE_INDEX_KEY: self._tensor(edge_index, np.int64),
-            AtomicDataDict.ATOM_TYPE_KEY: self._tensor(self._types[structures.numbers], np.int64),
-            AtomicDataDict.CELL_KEY: self._tensor(structures.cells, np.float64),
-            AtomicDataDict.EDGE_CELL_SHIFT_KEY: self._tensor(shifts, np.float64),
-            AtomicDataDict.BATCH_KEY: self._tensor(np.repeat(np.arange(len(structures)), counts), np.int64),
-            AtomicDataDict.NUM_NODES_KEY: self._tensor(counts, np.int64),
+            AtomicDataDict.POSITIONS_KEY: structures.positions,
+            AtomicDataDict.EDGE_INDEX_KEY: edge_index,
+            AtomicDataDict.ATOM_TYPE_KEY: self._types[structures.numbers],
+            AtomicDataDict.CELL_KEY: structures.cells,
+            AtomicDataDict.EDGE_CELL_SHIFT_KEY: shifts,
+            AtomicDataDict.BATCH_KEY: np.repeat(np.arange(len(structures)), counts),
+            AtomicDataDict.NUM_NODES_KEY: counts,
         }
-        return self._model(data)
+        return self._model(model_input(data, self._device))
 
     def _virial(self, out: dict[str, torch.Tensor], structures: Structures) -> Array:
         stress = self._array(out[AtomicDataDict.STRESS_KEY]).reshape(-1, 3, 3)
         return -stress * structures.volumes[:, None, None]
-
-    def _tensor(self, array: Array, dtype: type) -> torch.Tensor:
-        return torch.from_numpy(np.array(array, dtype=dtype, order="C")).to(self._device)
 
     @staticmethod
     def _array(tensor: torch.Tensor) -> Array:
         return tensor.detach().to("cpu", torch.float64).numpy()
 
 
-def load(path: str | Path, device: str = "cpu", compiled: bool = True) -> Allegro:
-    """Load a packaged model.
+def load(
+    path: str | Path, device: str = "cpu", compiled: bool = True, precision: str | None = None
+) -> Allegro:
+    """Load a model of any form.
 
-    A model is code: loading it executes what the package holds.
+    A model is code: loading it executes what the file holds.
 
     Parameters
     ----------
     path : str or Path
-        A ``.nequip.zip`` file.
+        A package, a checkpoint, a compiled model or one deployed by nequip 0.5 or 0.6; see
+        :mod:`nnqmd_server.potentials.package`.
     device : str
         "cpu" or "cuda".
     compiled : bool
         Compile it for this machine (cached); eager when there is no compiler.
+    precision : str, optional
+        "float32", "float64" or "tf32"; as it was trained unless given.
 
     Raises
     ------
     ModelError
-        The file is missing, is not a model, or cannot be loaded.
+        The file is missing, is not a model, cannot be loaded, or cannot have this precision.
     """
-    path = Path(path)
-    card = read_card(path)
-    set_global_state()
-    if compiled:
-        file, form = compiled_model(path, card, device)
-        if file is not None:
-            try:
-                model, claims = load_compiled_model(str(file), device)
-            except Exception as error:  # noqa: BLE001 - what AOTInductor raises for a foreign file is not documented
-                form = f"eager: {file} cannot be loaded ({error!r:.200}); removing it may help"
-            else:
-                _check_claims(path, card, claims)
-                return Allegro(model, card, device, form)
-    else:
-        form = "eager"
-    try:
-        model = load_saved_model(path).to(device).eval()
-    except Exception as error:  # a package runs its own code, and anything may come of it
-        raise ModelError(
-            f"{path} cannot be loaded: {error.__class__.__name__}: {error}.",
-            "Package it again with the nequip of this installation.",
-        ) from error
-    _check_claims(path, card, getattr(model, "metadata", {}))
+    model, card, form = load_network(Path(path), device, compiled, precision)
     return Allegro(model, card, device, form)
-
-
-def _check_claims(path: Path, card: Card, claims: Mapping[str, object]) -> None:
-    """Compare what the network says of itself with what is written beside it in the package.
-
-    Elements in another order, or another cutoff, would give wrong forces without any sign.
-    """
-    types = claims.get("type_names", card.elements)
-    inside = {
-        "elements": tuple(types.split() if isinstance(types, str) else types),
-        "cutoff": float(claims.get("r_max", card.cutoff)),
-        "dtype": str(claims.get("model_dtype", card.dtype)),
-    }
-    for what, found in inside.items():
-        if found != getattr(card, what):
-            raise ModelError(
-                f"{path} is not what it claims: it says {what} {getattr(card, what)}, its network {found}.",
-                "Package it again, or get it from where you trust it; clear the cache of compiled models.",
-            )
