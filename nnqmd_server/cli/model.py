@@ -33,7 +33,7 @@ Examples:
 def info(
     model: Annotated[
         Path,
-        typer.Argument(help="packaged (.nequip.zip), .ckpt, compiled (.nequip.pt2) or deployed (.pth) model"),
+        typer.Argument(help="model file: .nequip.zip, .ckpt, .nequip.pt2 or .pth"),
     ],
 ) -> None:
     """Print what a model says of itself; nothing in it is executed."""

@@ -1,4 +1,4 @@
-"""Models deployed by nequip 0.5 and 0.6 (``.pth``), such as the releases of Allegro-Legato, through TorchScript.
+"""Models deployed by nequip 0.5 and 0.6 (``.pth``), such as those of Allegro-Legato, in TorchScript.
 
 They take float32 positions (0.6: what their default was), types of shape (n_atoms, 1), and many have no
 stress, since they were trained with ForceOutput. So an Allegro model is used as LAMMPS uses it: neighbours
@@ -32,7 +32,7 @@ class Deployed:
     Parameters
     ----------
     path : Path
-        The ``.pth`` file; loading it executes TorchScript, which can compute but not reach the system.
+        The ``.pth`` file; TorchScript in it is executed.
     card : Card
         Its card.
     device : str

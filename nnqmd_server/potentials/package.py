@@ -305,7 +305,7 @@ class _Blank:
 
 
 class _Reader(pickle.Unpickler):
-    """Reads plain containers; whatever else a pickle names becomes a blank, and nothing is imported or called."""
+    """Reads plain containers; what else a pickle names becomes a blank: nothing is imported or called."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
@@ -357,7 +357,7 @@ def _of_checkpoint(path: Path, archive: zipfile.ZipFile) -> Card:
     model = _checkpoint_config(path, archive)
     if "type_names" not in model:
         raise ModelError(
-            f"{path} was trained from another model file ({model.get('_target_')}), without which it cannot be used.",
+            f"{path} continues the training of another model file and cannot be used without it.",
             "Package it where it was trained: nequip-package build FILE.ckpt FILE.nequip.zip.",
         )
     return _of_config(path, model, tuple(model["type_names"]))
@@ -385,7 +385,7 @@ def _of_compiled(path: Path, archive: zipfile.ZipFile) -> Card:
     gives = texts.get("nequip_aoti_outputs", "").split()
     if needs != _TARGETED or not {"total_energy", "forces", "stress"} <= set(gives):
         raise ModelError(
-            f"{path} was not compiled for batches: it takes {', '.join(sorted(needs)) or 'something unknown'}.",
+            f"{path} was not compiled for batches: it takes {' '.join(sorted(needs)) or 'unknown input'}.",
             "Compile it with --target batch, or give the package: it is compiled where it runs.",
         )
     said = json.loads(texts.get(CARD_KEY, "{}"))
