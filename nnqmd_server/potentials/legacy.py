@@ -47,12 +47,15 @@ class Deployed:
     def __init__(self, path: Path, card: Card, device: str) -> None:
         texts = torchscript_texts(path)
         self._ghosts = card.strictly_local
+        self._cutoff = card.cutoff
         if not self._ghosts and "Stress" not in texts.get("config", ""):
             raise ModelError(
                 f"{path} passes messages between atoms and has no stress output, so it has no virial.",
                 "Deploy it again with StressForceOutput among its model_builders; its weights stay the same.",
             )
         try:
+            # No fused kernels: they would be made anew for new numbers of edges, in the middle of a run.
+            torch.jit.set_fusion_strategy([])
             self._dtype = _DTYPES[texts.get("default_dtype") or "float32"]
             model = torch.jit.load(str(path), map_location=device).eval()
             # Freezing is only for modules that are not frozen already.
@@ -95,7 +98,10 @@ class Deployed:
 
     def _with_cells(self, data: Tensors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         names = ("pos", "edge_index", "edge_cell_shift", "cell", "batch")
-        out = self._run({k: data[k] for k in names} | {"atom_types": data["atom_types"][:, None]})
+        counts = data["num_atoms"]
+        ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])  # nequip 0.6 reads it
+        types = data["atom_types"][:, None]
+        out = self._run({k: data[k] for k in names} | {"atom_types": types, "ptr": ptr})
         virial = out["virial"].reshape(-1, 3, 3)
         return tuple(
             x.detach().double() for x in (out["atomic_energy"].reshape(-1, 1), out["forces"], virial)
@@ -109,14 +115,26 @@ class Deployed:
         positions = data["pos"][all_owners]
         positions[n:] += torch.einsum("gi,gij->gj", shifts, data["cell"][structure[n:]])
         types = data["atom_types"][all_owners][:, None]
+        own = len(positions)
+        if not edges.shape[1]:
+            positions, edges, types = self._with_a_stray_pair(positions, types)
         out = self._run({"pos": positions, "edge_index": edges, "atom_types": types})
-        forces = out["forces"].detach().double()
+        positions, forces = positions[:own], out["forces"].detach().double()[:own]
         each = positions[:, :, None] * forces[:, None, :]
         virial = each.new_zeros(len(data["cell"]), 3, 3).index_add_(0, structure, each)
         folded = forces.new_zeros(n, 3).index_add_(0, all_owners, forces)
         energies = out["atomic_energy"].detach().double().reshape(-1, 1)[:n]
         # No torque on the whole: what is not symmetric is round-off.
         return energies, folded, (virial + virial.mT) / 2
+
+    def _with_a_stray_pair(
+        self, positions: torch.Tensor, types: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Atoms without any edge, and two more with one, which nobody looks at: these models need one."""
+        far = positions.new_tensor([[0.0, 0.0, 0.0], [self._cutoff / 2, 0.0, 0.0]])
+        n = len(positions)
+        edges = torch.tensor([[n], [n + 1]], device=positions.device)
+        return torch.cat([positions, far]), edges, torch.cat([types, types.new_zeros(2, 1)])
 
 
 def _centred(data: Tensors) -> Tensors:
