@@ -11,6 +11,7 @@ import pytest
 from ase import Atoms
 from conftest import MODEL, crystal, triclinic
 
+from nnqmd_server.potentials.allegro import Allegro
 from nnqmd_server.structures import VACUUM, from_ase
 
 SHAPE = np.array([[0, 0, 0], [0.94, 0, 0.38], [-0.47, 0.81, 0.38], [-0.47, -0.81, 0.38]])
@@ -57,7 +58,9 @@ ALONE = {"molecule", "molecule far away", "chain", "one atom"}
 
 def in_one_call(potential, structures):
     """All structures in one call of the model, as a GPU evaluates them."""
-    return potential._evaluate_together(structures)
+    together = Allegro(potential._model, potential.card, "cpu", potential.form, most_edges=10**9)
+    assert len(together.prepare(structures).parts) == 1
+    return together.evaluate(structures)
 
 
 @pytest.fixture(scope="module", params=["float32", "float64"])

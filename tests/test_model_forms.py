@@ -17,13 +17,14 @@ import pytest
 import torch
 from ase import Atoms
 from conftest import MODEL, crystal, triclinic
+from test_pool import toys  # noqa: F401 - a fixture
 from test_training import training_module
 from typer.testing import CliRunner
 
 from nnqmd_server.cli import app
-from nnqmd_server.errors import InputError, ModelError, UnknownElementError
+from nnqmd_server.errors import InputError, ModelError, StructureError, UnknownElementError
 from nnqmd_server.potentials import compiled as compiling
-from nnqmd_server.potentials.allegro import load
+from nnqmd_server.potentials.allegro import Allegro, load
 from nnqmd_server.potentials.forms import check_hardware
 from nnqmd_server.potentials.load import absolute, card_of, check_hashes, own_name, parse_models, source_hash
 from nnqmd_server.potentials.package import CARD_KEY, FORMS, form_of, read_card
@@ -225,8 +226,11 @@ def test_the_virial_of_ghosts_is_the_derivative_with_strain(deployed):
 
 def test_a_batch_of_a_deployed_model_is_its_structures(deployed):
     path, potential = deployed
-    structures = from_ase([atoms for _, atoms, _ in references(path)] + [Atoms("N"), Atoms("NH", [[0, 0, 0], [9, 0, 0]])])
-    batch = potential._evaluate_together(structures)
+    structures = from_ase(
+        [atoms for _, atoms, _ in references(path)] + [Atoms("N"), Atoms("NH", [[0, 0, 0], [9, 0, 0]])]
+    )
+    together = Allegro(potential._model, potential.card, "cpu", potential.form, most_edges=10**9)
+    batch = together.evaluate(structures)
     single = potential.evaluate(structures)
     limit = 1e-12 if potential.card.dtype == "float64" else 3e-6
     assert batch.forces == pytest.approx(single.forces, abs=limit)
@@ -399,7 +403,9 @@ def test_a_file_whose_contents_are_spoilt(files, form, tmp_path):
 def test_a_network_that_is_spoilt(files, form, ending, tmp_path):
     """The card can be read, the network cannot: found when it is loaded."""
     path = rewritten(
-        files[form], tmp_path / files[form].name, lambda name, data: b"spoilt" if name.endswith(ending) else data
+        files[form],
+        tmp_path / files[form].name,
+        lambda name, data: b"spoilt" if name.endswith(ending) else data,
     )
     read_card(path)
     with pytest.raises(ModelError, match="cannot be loaded"):
@@ -435,7 +441,7 @@ def test_a_pickle_is_refused_and_not_executed(tmp_path, kind, name):
     else:
         torch.save(content, path, _use_new_zipfile_serialization=kind == "torch.save")
     for use in (form_of, read_card, load):
-        with pytest.raises(ModelError, match=r"is a pickle .* not (loaded|read)") as caught:
+        with pytest.raises(ModelError, match=r"is a pickle.* not (loaded|read)") as caught:
             use(path)
         if kind == "torch.save":
             assert "touch" in caught.value.what or "getattr" in caught.value.what
@@ -519,7 +525,9 @@ def test_a_compiled_model_for_a_better_processor(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     check_hardware(tmp_path, check, "cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    with pytest.raises(ModelError, match="compiled for compute capability 90, and this is compute capability 80"):
+    with pytest.raises(
+        ModelError, match="compiled for compute capability 90, and this is compute capability 80"
+    ):
         check_hardware(tmp_path, check, "cuda")
 
 
@@ -557,12 +565,9 @@ def test_an_element_that_a_model_of_any_form_does_not_know(files, form):
         load(files[form], compiled=False).evaluate(from_ase([atoms]))
 
 
-def test_a_network_that_gives_nan(tmp_path):
-    """From the model to the user: the pool names the structure and keeps it, and no number gets out."""
-    from nnqmd_server.errors import StructureError
-    from nnqmd_server.pool.client import PoolClient
-    from nnqmd_server.pool.launch import LocalPool
-
+def test_a_network_that_gives_nan(toys, tmp_path):  # noqa: F811
+    """From the model to the user: the pool names the structures, and no number gets out."""
+    _, client, add, ready, _ = toys
     path = tmp_path / "nan.pth"
     change = b"".join(struct.pack("<f", float("nan")) for _ in range(8))
     changed = []
@@ -579,7 +584,10 @@ def test_a_network_that_gives_nan(tmp_path):
     assert changed
     bad = load(path).evaluate(from_ase([crystal()]))
     assert np.isnan(bad.forces).any()
-    with LocalPool({"bad": str(path)}, tmp_path / "logs", workers=1, device="cpu") as pool:
-        pool.wait_ready(timeout=200)
-        with PoolClient(pool.address) as client, pytest.raises(StructureError, match="not finite"):
-            client.evaluate("bad", from_ase([crystal()]))
+    for worker in (1, 2):
+        add(worker, evaluate=load(path).evaluate)
+    ready(2)
+    with pytest.raises(StructureError, match="not finite") as caught:
+        client.submit(from_ase([crystal()]))
+    assert caught.value.suspects == (0,)
+    assert caught.value.fix
