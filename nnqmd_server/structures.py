@@ -107,6 +107,19 @@ def concatenate(parts: Sequence[Structures]) -> Structures:
     )
 
 
+def plain(structures: Structures) -> Structures:
+    """The same structures as arrays that compiled code can read: float64 and int64, native, C-contiguous.
+
+    Arrays that are so already are not copied.
+    """
+    return Structures(
+        np.ascontiguousarray(structures.numbers, dtype=np.int64),
+        np.ascontiguousarray(structures.positions, dtype=np.float64),
+        np.ascontiguousarray(structures.cells, dtype=np.float64),
+        np.ascontiguousarray(structures.offsets, dtype=np.int64),
+    )
+
+
 VACUUM = 50.0
 """Free space along directions that are not periodic [Angstrom]; wider than any cutoff."""
 

@@ -260,7 +260,7 @@ def test_a_model_that_passes_messages_uses_its_own_virial(tmp_path):
         lambda name, data: no_allegro(data) if name.endswith("extra/config") else data,
     )  # fmt: skip
     assert not read_card(path).strictly_local
-    structures = from_ase([atoms for _, atoms, _ in references(SIX)])
+    structures = from_ase([atoms for name, atoms, _ in references(SIX) if name in {"crystal", "double"}])
     one, other = load(SIX).evaluate(structures), load(path).evaluate(structures)
     assert one.forces == pytest.approx(other.forces, abs=1e-12)
     assert one.virial == pytest.approx(other.virial, abs=1e-11)
@@ -446,7 +446,11 @@ def test_a_pickle_is_refused_and_not_executed(tmp_path, kind, name):
         if kind == "torch.save":
             assert "touch" in caught.value.what or "getattr" in caught.value.what
     assert not trace.exists()
-    torch.load(path, weights_only=False)  # the trap works
+    # The trap works: this is what would have happened.
+    if kind == "pickle":
+        pickle.loads(path.read_bytes())
+    else:
+        torch.load(path, weights_only=False)
     assert trace.exists()
 
 
@@ -479,7 +483,7 @@ def test_torchscript_of_a_newer_nequip(tmp_path):
     path = tmp_path / "newer.nequip.pth"
     extras = {"r_max": "4.0", "type_names": "H N", "num_types": "2", "model_dtype": "float32"}
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path, _extra_files=extras)
-    with pytest.raises(ModelError, match="nequip 0.7 or newer, which is not supported"):
+    with pytest.raises(ModelError, match=r"nequip 0\.7 or newer, which is not supported"):
         load(path)
 
 
@@ -574,18 +578,18 @@ def test_a_network_that_gives_nan(toys, tmp_path):  # noqa: F811
 
     def spoil(name, data):
         # A bias or weight in float32, in whatever storage stands first.
-        if "/constants/" in name or "/data/" in name:
-            if len(data) >= 32 and len(data) % 4 == 0 and not changed:
-                changed.append(name)
-                return change + data[32:]
+        stored = "/constants/" in name or "/data/" in name
+        if stored and len(data) >= 32 and len(data) % 4 == 0 and not changed:
+            changed.append(name)
+            return change + data[32:]
         return data
 
     rewritten(LEGATO, path, spoil)
     assert changed
-    bad = load(path).evaluate(from_ase([crystal()]))
-    assert np.isnan(bad.forces).any()
+    bad = load(path)
+    assert np.isnan(bad.evaluate(from_ase([crystal()])).forces).any()
     for worker in (1, 2):
-        add(worker, evaluate=load(path).evaluate)
+        add(worker, evaluate=bad.evaluate)
     ready(2)
     with pytest.raises(StructureError, match="not finite") as caught:
         client.submit(from_ase([crystal()]))

@@ -150,7 +150,7 @@ def test_compiled_files_take_what_is_made_here():
 
 @pytest.mark.parametrize("layout", sorted(set(LAYOUTS) - {"strides of zero"}))
 def test_a_compiled_model_gives_the_same_whatever_the_layout(potential, layout):
-    """Without the cast a transposed cell changes forces by 0.3 eV/Angstrom, and float32 positions give NaN."""
+    """Without the cast a transposed cell changes forces by 0.3 eV/Angstrom; float32 positions give NaN."""
     straight = from_ase([triclinic()])
     crooked = Structures(*(LAYOUTS[layout](a) for a in (
         straight.numbers, straight.positions, straight.cells, straight.offsets)))  # fmt: skip

@@ -28,7 +28,7 @@ from nnqmd_server.potentials.centres import edges_of
 from nnqmd_server.potentials.forms import load_network
 from nnqmd_server.potentials.neighbours import Lists
 from nnqmd_server.potentials.tensors import model_input
-from nnqmd_server.structures import Array, Results, Structures, join
+from nnqmd_server.structures import Array, Results, Structures, join, plain
 
 CENTROID = "wannier_centroid"
 
@@ -122,6 +122,7 @@ class Allegro:
         UnknownElementError, InputError
             See :meth:`evaluate`.
         """
+        structures = plain(structures)
         self._check(structures)
         started = perf_counter()
         lists = self.lists
