@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from nequip.model.modify_utils import get_all_modifiers
 from nequip.model.saved_models.package import data_dict_from_package
 from nequip.scripts import compile as nequip_compile
 
+from nnqmd_server.potentials.batch import contraction_modifiers
 from nnqmd_server.potentials.package import CARD_KEY, PACKAGE_SUFFIX, read_card
 from nnqmd_server.potentials.saved import example, saved_model
 
@@ -28,7 +30,6 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="float32")
-    parser.add_argument("--modifiers", nargs="*", default=[])
     options = parser.parse_args()
     card = replace(read_card(options.model), dtype=options.precision)
     model = saved_model(options.model, card)
@@ -44,7 +45,8 @@ def main() -> None:
     words = [str(options.model), str(options.output), "--mode", "aotinductor", "--device", options.device]
     words += ["--target", "nnqmd_batch" if "wannier_centroid" in card.properties else "batch"]
     words += ["--tf32"] if options.precision == "tf32" else []
-    words += ["--modifiers", *options.modifiers] if options.modifiers else []
+    modifiers = contraction_modifiers(options.device, model.metadata["model_dtype"], get_all_modifiers(model))
+    words += ["--modifiers", *modifiers] if modifiers else []
     nequip_compile.main(words)
 
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -51,6 +52,8 @@ def _key(path: Path, card: Card, device: str) -> str:
         parts.append(card.dtype)
     if form_of(path) == "checkpoint":  # a package brings its own
         parts.append(f"nequip{version('nequip')}-allegro{version('nequip-allegro')}")
+    if device == "cuda":  # an installed tensor product is compiled in
+        parts += [name for name in ("cuequivariance_torch", "triton") if find_spec(name)]
     return "-".join(parts)
 
 
