@@ -1,8 +1,8 @@
-"""What precision costs and loses: python benchmarks/precision.py [--model FILE] [--device cpu|cuda] [--json FILE]
+"""What precision costs and loses: python benchmarks/precision.py [--device cuda] [--json FILE]
 
 The network in float32, float64 and (on a GPU) TF32, compiled for this machine, on the frames of the
-shipped data that were never trained on. The reference is the same network in float64, eager. Times are medians over
-rounds in which the precisions take turns.
+shipped data that were never trained on. The reference is the same network in float64, eager. Times are
+medians over rounds in which the precisions take turns.
 """
 
 from __future__ import annotations
