@@ -131,7 +131,7 @@ def _report(found: Forecast) -> None:
         console.print(
             f"left out, would take too long: batches of {', '.join(map(str, found.left_out))} (--seconds)"
         )
-    if not any(one.stages for one in found.batches):
+    if not any(one.shares for one in found.batches):
         console.print("this potential does not tell its list building, copies and model apart")
     console.print(_workers(found))
     _sum(found)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 from ase.data import atomic_masses, chemical_symbols
 
 from nnqmd_server.errors import ProgramError
@@ -164,11 +163,9 @@ class Forecast:
 
 def shares(found: BatchTime) -> dict[str, float]:
     """Shares of list building, copies, model and the rest in an evaluation; empty when it does not tell."""
-    if not found.stages:
+    if not found.shares:
         return {}
-    total = float(np.mean(found.milliseconds))
-    parts = {name: milliseconds / total for name, milliseconds in found.stages.items()}
-    return parts | {"rest": max(0.0, 1.0 - sum(parts.values()))}
+    return found.shares | {"rest": max(0.0, 1.0 - sum(found.shares.values()))}
 
 
 def counts_to_try(device: str, most: int | None) -> list[int]:

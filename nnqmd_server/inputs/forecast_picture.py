@@ -53,7 +53,8 @@ def _batches(axes: Axes, found: Forecast) -> None:
         axes.bar(names, heights, bottom=bottom, color=_COLOURS[name], label=_WORDS.get(name, name))
         bottom += heights
     axes.set(xlabel="beads per batch", ylabel="time per bead (ms)", title="one process")
-    axes.legend(fontsize="small", frameon=False, loc="lower right", facecolor="white", framealpha=0.8)
+    axes.set_ylim(top=1.25 * bottom.max())  # room for the legend
+    axes.legend(fontsize="small", frameon=False, loc="upper left", ncols=2)
 
 
 def _workers(axes: Axes, found: Forecast) -> None:

@@ -27,7 +27,7 @@ MARK = "nnqmd-timing "
 """What our lines begin with."""
 
 STAGES = ("lists", "copies", "model")
-"""Parts of an evaluation that a potential may tell of."""
+"""Parts of an evaluation whose seconds a potential may add up in its ``spent``."""
 
 QUICK = 0.5
 """An evaluation that takes longer than this is measured once rather than three times [s]."""
@@ -81,8 +81,8 @@ class BatchTime:
         Beads evaluated together.
     milliseconds : list of float
         Of each evaluation of the whole batch, in the order measured.
-    stages : dict of float
-        Mean milliseconds of each of :data:`STAGES` in an evaluation; empty when the potential does not tell.
+    shares : dict of float
+        Of the time of an evaluation, in each of :data:`STAGES`; empty when the potential does not tell.
     memory_mb : float
         Largest resident memory of the process until now [MB].
     gpu_mb : float
@@ -91,7 +91,7 @@ class BatchTime:
 
     batch: int
     milliseconds: list[float]
-    stages: dict[str, float] = field(default_factory=dict)
+    shares: dict[str, float] = field(default_factory=dict)
     memory_mb: float = 0.0
     gpu_mb: float = 0.0
 
@@ -122,13 +122,19 @@ def _measure(
     for _ in range(_WARM_UP):
         if not slow:
             slow = _time(potential, polymers.at(next(sets))[:batch]) > QUICK
-    spent = getattr(potential, "spent", None)
-    before = dict(spent) if spent is not None else {}
     times: list[float] = []
     while len(times) < (1 if slow else 3) or sum(times) < 1e3 * seconds:
         times.append(1e3 * _time(potential, polymers.at(next(sets))[:batch]))
-    stages = {name: 1e3 * (spent[name] - before[name]) / len(times) for name in STAGES if name in before}
-    return BatchTime(batch, times, stages, peak_memory(), _peak_gpu(cuda))
+    gpu = _peak_gpu(cuda)
+    if not hasattr(potential, "spent"):
+        return BatchTime(batch, times, {}, peak_memory(), gpu)
+    # Evaluations of their own: with `timing` a GPU is waited for after every stage.
+    potential.timing, before, total = True, dict(potential.spent), 0.0
+    for _ in range(1 if slow else min(len(times), 20)):
+        total += _time(potential, polymers.at(next(sets))[:batch])
+    potential.timing = False
+    shares = {name: (potential.spent[name] - before[name]) / total for name in STAGES}
+    return BatchTime(batch, times, shares, peak_memory(), gpu)
 
 
 def _time(potential: Potential, structures: Structures) -> float:
@@ -169,8 +175,6 @@ def time_batches(
     BatchTime
         For batches of 1, 2, 4 ... beads.
     """
-    if hasattr(potential, "timing"):
-        potential.timing = True  # a GPU is waited for before the clock is read
     sets = (rings.timestep * k for k in range(1 << 40))
     batches = batches_up_to(rings.n_beads)
     end = time.perf_counter() + seconds
