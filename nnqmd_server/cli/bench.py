@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -27,6 +28,8 @@ Examples:
 
   nnqmd bench springs.py:maker POSCAR --beads 8 --seconds 20 --no-plot
 """
+
+PICTURES = (".png", ".svg", ".pdf")
 
 
 def bench(
@@ -89,6 +92,7 @@ def bench(
         workers,
     )
     picture = None if no_plot else plot or Path("nnqmd-bench.png")
+    _check_outputs(picture, json_file)
     found = _measure(question)
     _report(found)
     if picture is not None:
@@ -98,6 +102,17 @@ def bench(
         console.print(f"picture: {picture}")
     if json_file is not None:
         _write(found, json_file)
+
+
+def _check_outputs(picture: Path | None, json_file: Path | None) -> None:
+    """Nobody should lose a minute to a folder that is not there."""
+    from nnqmd_server.errors import OutputError
+
+    if picture is not None and picture.suffix not in PICTURES:
+        raise OutputError(f"{picture} is not a picture's name.", f"Let it end in {', '.join(PICTURES)}.")
+    for path in (picture, json_file):
+        if path is not None and (path.is_dir() or not os.access(path.resolve().parent, os.W_OK)):
+            raise OutputError(f"Cannot write {path}.", "Choose a file in a folder that you may write.")
 
 
 def _measure(question: Question) -> Forecast:
@@ -142,7 +157,7 @@ def _batches(found: Forecast) -> Table:
 
     table = Table(box=None, pad_edge=False, header_style="dim")
     gpu = any(one.gpu_mb for one in found.batches)
-    names = ["batch", "ms/bead", "lists %", "copies %", "model %", "rest %", "MB"] + ["GPU MB"] * gpu
+    names = ["batch", "ms/bead", "lists %", "copies %", "model %", "rest %", "memory MB"] + ["GPU MB"] * gpu
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     for one in found.batches:
