@@ -244,7 +244,11 @@ class Allegro:
         # The neighbours without edges of their own still have the constant energy of their element.
         energy = self._array(out[AtomicDataDict.PER_ATOM_ENERGY_KEY]).reshape(-1)[own].sum()
         return Results(
-            np.array([energy]), forces, self._virial(out, structure), {}, atom_properties=atom_properties
+            np.array([energy]),
+            forces,
+            _virial(self._array(out[AtomicDataDict.STRESS_KEY]), structure),
+            {},
+            atom_properties=atom_properties,
         )
 
     def add_dipoles(self, structures: Structures, results: Results) -> None:
@@ -260,13 +264,19 @@ class Allegro:
             before = torch.cuda.memory_allocated(self._device)
         out = self._call(part.structures, part.inputs)
         started = perf_counter()
+        names = [name for name in ATOM_FIELDS if name in self.card.properties]
+        wanted = [
+            AtomicDataDict.TOTAL_ENERGY_KEY,
+            AtomicDataDict.FORCE_KEY,
+            AtomicDataDict.STRESS_KEY,
+            *names,
+        ]
+        energy, forces, stress, *fields = self._arrays([out[name] for name in wanted])
         results = Results(
-            energy=self._array(out[AtomicDataDict.TOTAL_ENERGY_KEY]).reshape(-1),
-            forces=self._array(out[AtomicDataDict.FORCE_KEY]),
-            virial=self._virial(out, part.structures),
-            atom_properties={
-                name: self._array(out[name]) for name in ATOM_FIELDS if name in self.card.properties
-            },
+            energy=energy.reshape(-1),
+            forces=forces,
+            virial=_virial(stress, part.structures),
+            atom_properties=dict(zip(names, fields, strict=True)),
         )
         self._clock("copies", started)
         if self._device.type == "cuda" and part.n_edges > 10_000:
@@ -283,13 +293,24 @@ class Allegro:
         self._clock("model", started)
         return out
 
-    def _virial(self, out: dict[str, torch.Tensor], structures: Structures) -> Array:
-        stress = self._array(out[AtomicDataDict.STRESS_KEY]).reshape(-1, 3, 3)
-        return -stress * structures.volumes[:, None, None]
+    def _arrays(self, tensors: list[torch.Tensor]) -> list[Array]:
+        """Several tensors on the host, from a GPU in one copy."""
+        if not self.together:
+            return [self._array(tensor) for tensor in tensors]
+        whole = self._array(torch.cat([tensor.detach().reshape(-1).to(torch.float64) for tensor in tensors]))
+        ends = np.cumsum([tensor.numel() for tensor in tensors])[:-1]
+        return [
+            part.reshape(tuple(tensor.shape))
+            for part, tensor in zip(np.split(whole, ends), tensors, strict=True)
+        ]
 
     @staticmethod
     def _array(tensor: torch.Tensor) -> Array:
         return tensor.detach().to("cpu", torch.float64).numpy()
+
+
+def _virial(stress: Array, structures: Structures) -> Array:
+    return -stress.reshape(-1, 3, 3) * structures.volumes[:, None, None]
 
 
 def load(path: str | Path, device: str = "cpu", compiled: bool = True) -> Allegro:

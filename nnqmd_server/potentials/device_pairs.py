@@ -67,7 +67,8 @@ def edges_on_device(
             owners.append(some[member])
     if not owners:
         none = torch.empty((2, 0), dtype=torch.int64, device=device)
-        return none, torch.empty((0, 3), dtype=torch.float64, device=device), np.zeros(0, dtype=np.int64)
+        no_shifts = torch.empty((0, 3), dtype=torch.float64, device=device)
+        return none, no_shifts, np.zeros(len(structures), dtype=np.int64)
     owner = torch.cat(owners)
     counts = torch.bincount(owner, minlength=len(structures)).cpu().numpy()
     if len(owners) == 1:
