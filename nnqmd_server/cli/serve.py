@@ -61,8 +61,9 @@ def serve(
         list[str] | None,
         typer.Argument(
             metavar="[NAME=]MODEL...",
-            help="packaged models (.nequip.zip), each under a name by which doors ask for it; also"
-            " module:maker or file.py:maker for a Python potential",
+            help="model files (.nequip.zip, .ckpt, .nequip.pt2, .pth; FILE@float64 for another precision),"
+            " each under a name by which doors ask for it; also module:maker or file.py:maker for a Python"
+            " potential",
         ),
     ] = None,
     workers: Annotated[
