@@ -259,7 +259,7 @@ def test_errors_come_before_anything_is_started(tmp_path, monkeypatch):
         (MODEL, "noise.cif", ["--beads", 2], InputError, "noise.cif is not a structure"),
         (MODEL, "cell.extxyz", [], InputError, "does not say how many beads"),
         (MODEL, "iron.extxyz", ["--beads", 2], UnknownElementError, "does not know Fe; it knows"),
-        (MODEL, "dummy.extxyz", ["--beads", 2], InputError, "names no elements: X"),
+        (MODEL, "dummy.extxyz", ["--beads", 2], InputError, "a place without an atom"),
         (MODEL, "flat.extxyz", ["--beads", 2], InputError, "its cell has no volume"),
         (MODEL, "nan.extxyz", ["--beads", 2], InputError, "positions that are not numbers"),
         (MODEL, "empty.xml", ["--beads", 2], InputError, "timestep"),

@@ -79,7 +79,8 @@ def read_structure(path: Path) -> Structures:
         raise InputError(f"{path} is not a structure: {error!r:.300}.", _FIX) from None
     if not len(atoms):
         raise InputError(f"{path} holds no atoms.", _FIX)
-    to_numbers(atoms.get_chemical_symbols(), path)  # X, a place without an atom, is no element
+    if not (atoms.numbers > 0).all():
+        raise InputError(f"{path} holds X, a place without an atom.", "Take it out.")
     if not np.isfinite(atoms.positions).all():
         raise InputError(f"{path} has positions that are not numbers.", "Correct them.")
     if atoms.pbc.any() and np.linalg.det(atoms.cell.array) == 0:
