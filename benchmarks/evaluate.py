@@ -260,7 +260,7 @@ def served(figures: Figures, folder: Path, workers: int, rounds: int) -> None:
     from nnqmd_server.pool.launch import LocalPool
 
     context = multiprocessing.get_context("spawn")
-    for atoms, skip, keep in ((64, 100, 60), (256, 60, 20)):
+    for atoms, skip, keep in ((64, 80, 50), (256, 40, 15)):
         with LocalPool(
             {"ammonia": str(MODEL)}, folder / f"logs-{atoms}", workers=workers, device="cpu"
         ) as pool:
@@ -441,7 +441,7 @@ def ring_lists(figures: Figures, folder: Path, workers: int, rounds: int) -> Non
 
     with LocalPool({"ammonia": str(MODEL)}, folder / "logs", workers=workers, device="cpu") as pool:
         pool.wait_ready()
-        sets = record(folder / "record", pool, 64, RING, 60, 60)
+        sets = record(folder / "record", pool, 64, RING, 40, 40)
     cutoff = read_card(MODEL).cutoff
     found: dict[str, list[float]] = {"each": [], "kept": []}
     for k in range(rounds):
