@@ -3,8 +3,8 @@
 :meth:`Allegro.prepare` makes neighbour lists and tensors, :meth:`Allegro.run` evaluates them: models that are
 evaluated on the same structures share the first.
 
-On a CPU the structures are evaluated one by one: a batch is up to 2.4 times slower per frame there,
-since one frame stays in the cache and a batch does not. On a GPU they are evaluated together, in calls
+On a CPU the structures are evaluated one by one: what a structure gives then does not depend, to the last
+bit, on which others are evaluated with it. On a GPU they are evaluated together, in calls
 that are cut by the number of edges. Compiled models take any number of atoms and edges, so nothing is ever
 padded for them or compiled again.
 """

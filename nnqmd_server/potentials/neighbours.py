@@ -37,7 +37,7 @@ from nnqmd_server.structures import Array, Structures
 
 SKIN = 1.4
 """How much closer two atoms may come before a list is made anew [Angstrom]; of beads half of it, since they
-explore together what their spread says. Both are the cheapest for ammonia at 100 K: docs/evaluation.md."""
+explore together what their spread says; docs/evaluation.md says what else was tried."""
 
 WIDEST = 0.35
 """Largest b_i, as a part of the cutoff: beads further apart than that have lists of their own."""
