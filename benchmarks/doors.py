@@ -107,9 +107,15 @@ def ways(beads: int, latency: float) -> list[Way]:
 def write_input(folder: Path, field: str, beads: int, steps: int) -> None:
     """A gas of 256 atoms in the ring polymer's thermostat, with no output."""
     rng = np.random.default_rng(0)
-    rows = [f"H {x:.5f} {y:.5f} {z:.5f}" for x, y, z in 15 * rng.random((ATOMS, 3))]
     head = "# CELL(abcABC): 15 15 15 90 90 90 cell{angstrom} positions{angstrom}"
-    (folder / "init.xyz").write_text("\n".join([str(ATOMS), head, *rows, ""]))
+    middle, places = 15 * rng.random((ATOMS, 3)), ""
+    # Beads that are apart from the first step on: equal ones at the end of a batch are evaluated once.
+    for name in ("init", *(f"bead{k}" for k in range(beads))):
+        apart = 0.0 if name == "init" else 0.05 * rng.standard_normal((ATOMS, 3))
+        rows = [f"H {x:.5f} {y:.5f} {z:.5f}" for x, y, z in middle + apart]
+        (folder / f"{name}.xyz").write_text("\n".join([str(ATOMS), head, *rows, ""]))
+    for k in range(beads):
+        places += f"\n      <positions mode='xyz' bead='{k}'> bead{k}.xyz </positions>"
     (folder / "nnqmd_pes.py").write_text("from nnqmd_server.doors.direct import *\n")
     (folder / "still.py").write_text(STILL.format(atoms=ATOMS))
     (folder / "input.xml").write_text(
@@ -117,7 +123,7 @@ def write_input(folder: Path, field: str, beads: int, steps: int) -> None:
   <output prefix='run'></output> <total_steps>{steps}</total_steps> <prng><seed>1</seed></prng>
   {field}
   <system>
-    <initialize nbeads='{beads}'> <file mode='xyz'>init.xyz</file>
+    <initialize nbeads='{beads}'> <file mode='xyz'>init.xyz</file>{places}
       <velocities mode='thermal' units='kelvin'>100</velocities> </initialize>
     <forces><force forcefield='f'/></forces>
     <ensemble><temperature units='kelvin'>100</temperature></ensemble>

@@ -87,7 +87,7 @@ def replicas(numbers: Array, positions: Array, cells: Array) -> Structures:
     """
     count, n = positions.shape[:2]
     return Structures(
-        np.tile(np.asarray(numbers, dtype=np.int64), count),
+        np.broadcast_to(np.asarray(numbers, dtype=np.int64), (count, n)).reshape(-1),
         np.ascontiguousarray(positions, dtype=np.float64).reshape(count * n, 3),
         np.ascontiguousarray(cells, dtype=np.float64).reshape(count, 3, 3),
         np.arange(count + 1, dtype=np.int64) * n,

@@ -78,6 +78,8 @@ def test_killing_workers_again_and_again_changes_no_bit(tmp_path, undisturbed, p
         done = simulate(source, tmp_path / "run", At(house.doors), steps=STEPS)
         over.set()
         killer.join(10)
+        # The pool hears of the last death a moment after us.
+        wait(lambda: house.pool.status().lost_workers >= len(kills))
         lost = house.pool.status().lost_workers
     finally:
         over.set()

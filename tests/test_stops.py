@@ -381,7 +381,7 @@ def test_workers_that_die_under_serve_end_ipi_with_a_restart(serve, tmp_path):
     address, named = place("unix", "serve")
     home = tmp_path / "run"
     ipi = start_ipi(write_input(home, force_field("unix", named, BEADS), BEADS, LONG, safe_stride=1))
-    process, out = serve(*socket_of(address))
+    process, out = serve(*socket_of(address), "--restarts", "0")
     until(lambda: steps_of(home) > 20, 40)
     for pid in children(process.pid):
         os.kill(pid, signal.SIGKILL)

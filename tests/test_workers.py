@@ -76,6 +76,7 @@ class House:
         wait(lambda: len(self.pool.status().workers) == count)
 
     def said(self, event):
+        self.pool.status()  # by then all is told that was answered
         return [fields for what, fields in self.events if what == event]
 
     def close(self):
@@ -255,6 +256,37 @@ def test_a_potential_may_name_its_own_interpreter(tmp_path):
             assert right(client.submit(BEADS))
             client.close()
         assert sorted(w["structures"] for w in pool.status().workers) == [8, 8]
+
+
+def test_a_worker_that_dies_is_started_again_but_not_for_ever(tmp_path):
+    with LocalPool({"p": f"{ODD}:quick"}, tmp_path / "logs", workers=1, device="cpu", restarts=1) as pool:
+        pool.wait_ready(30)
+        client = PoolClient(pool.address, 30.0, "p")
+        (first,) = pool.pids
+        time.sleep(0.5)  # it has been seen to be ready
+        os.kill(first, signal.SIGKILL)
+        wait(lambda: pool.pids != [first])
+        assert right(client.submit(BEADS))
+        pool.check()
+        (second,) = pool.pids
+        assert [w["pid"] for w in pool.status().workers] == [second] != [first]
+        time.sleep(0.5)
+        os.kill(second, signal.SIGKILL)
+        with pytest.raises(PoolError, match="All workers have ended"):
+            client.submit(BEADS)
+        client.close()
+        assert pool.pids == [second]
+
+
+def test_a_worker_that_was_asked_to_leave_is_not_started_again(tmp_path):
+    with LocalPool({"p": f"{ODD}:quick"}, tmp_path / "logs", workers=2, device="cpu", restarts=9) as pool:
+        pool.wait_ready(30)
+        before = pool.pids
+        time.sleep(0.5)
+        os.kill(before[0], signal.SIGTERM)
+        wait(lambda: len(pool.status().workers) == 1)
+        time.sleep(0.5)
+        assert pool.pids == before
 
 
 @pytest.mark.parametrize(

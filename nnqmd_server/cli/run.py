@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from nnqmd_server.cli.terminal import EXTRAS_HELP, console
+from nnqmd_server.cli.terminal import EXTRAS_HELP, Restarts, console
 
 if TYPE_CHECKING:
     from nnqmd_server.inputs.run import Finished, Run
@@ -60,6 +60,7 @@ def run(
     remove_stale: Annotated[
         bool, typer.Option("--remove-stale", help="remove the socket file of an i-PI that was killed")
     ] = False,
+    restarts: Restarts = 3,
     eager: Annotated[bool, typer.Option("--eager", help="do not compile the model")] = False,
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="same input, same batches, whatever the workers do")
@@ -101,7 +102,9 @@ def run(
             )
         else:
             pool = stack.enter_context(
-                LocalPool(models, folder / "logs", None, workers, device, eager, deterministic)
+                LocalPool(
+                    models, folder / "logs", None, workers, device, eager, deterministic, restarts=restarts
+                )
             )
             with console.status("starting the workers") as shown:
                 pool.wait_ready(tell=lambda line: shown.update(line))

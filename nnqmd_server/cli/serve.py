@@ -11,7 +11,7 @@ import typer
 
 from nnqmd_server.cli import serve_mpi, serve_sockets
 from nnqmd_server.cli.serve_mpi import PoolOptions
-from nnqmd_server.cli.terminal import EXTRAS_HELP, console
+from nnqmd_server.cli.terminal import EXTRAS_HELP, Restarts, console
 from nnqmd_server.cli.watching import WatchOptions, watching
 
 EXAMPLES = """
@@ -125,6 +125,7 @@ def serve(
         typer.Option(metavar="[NAME=]FILE", help="HDF5 file for its dipoles, bead by bead"),
     ] = None,
     logs: Annotated[Path, typer.Option(help="folder for the workers' logs")] = Path("nnqmd-logs"),
+    restarts: Restarts = 3,
     eager: Annotated[bool, typer.Option("--eager", help="do not compile the model")] = False,
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="same input, same batches, whatever the workers do")
@@ -182,6 +183,7 @@ def serve(
         signal.signal(number, lambda *_: stop.set())
     where = address or default_address()
     options = {"deterministic": deterministic, "join": join, "keys": keys, "hashes": hashes}
+    options["restarts"] = restarts
     with (
         LocalPool(named, logs, where, workers, device, eager, **options) as pool,
         watching(pool, watched),

@@ -1,5 +1,8 @@
-"""What every command prints through."""
+"""What every command prints through, and options that several have."""
 
+from typing import Annotated
+
+import typer
 from rich.console import Console
 from rich.text import Text
 
@@ -12,6 +15,10 @@ EXTRAS_HELP = (
     "what i-PI gets as extras, as far as the model has it: dipole, charges, committee_pot, committee_force,"
     " committee_virial"
 )
+
+Restarts = Annotated[
+    int, typer.Option(min=0, help="how often in an hour a worker that has died is started again")
+]
 
 
 def show_error(error: NnqmdError) -> None:

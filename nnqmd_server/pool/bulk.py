@@ -77,8 +77,11 @@ class Bulk:
     def find(self, array: Array) -> Place | None:
         """Where a contiguous array lies, when it is in shared memory."""
         address = array.__array_interface__["data"][0]
-        for segment in (self._own, *reversed(self._others.values())):
-            if segment is not None and segment.first <= address < segment.last:
+        own = self._own
+        if own is not None and own.first <= address < own.last:
+            return [*own.key, address - own.first]
+        for segment in reversed(self._others.values()):
+            if segment.first <= address < segment.last:
                 return [*segment.key, address - segment.first]
         return None
 
@@ -95,7 +98,7 @@ class Bulk:
         size = math.prod(shape) * np.dtype(dtype).itemsize
         if offset < 0 or offset % 8 or offset + size > len(segment.data):
             raise UnreachableError("an array that is not within its shared memory")
-        return segment.data[offset : offset + size].view(dtype).reshape(shape)
+        return np.ndarray(shape, dtype, segment.data, offset)
 
     def still_shared(self, array: Array) -> bool:
         """Whether the owner of an array is there, and holds it, so that others can still reach it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,15 +32,21 @@ def estimated_edges(structures: Structures, cutoff: float) -> Array:
     Array
         Shape (n_structures,).
     """
-    atoms = np.diff(structures.offsets).astype(np.float64)
-    if not cutoff > 0:
-        return atoms
-    # Beads have the same size and nearly the same cell: one stands for all.
-    alike = atoms.min() == atoms.max()
-    volumes = structures[:1].volumes if alike else structures.volumes
-    neighbours = 4.0 / 3.0 * np.pi * cutoff**3 * atoms / np.maximum(volumes, 1e-6)
+    counts = structures.offsets[1:] - structures.offsets[:-1]
+    sphere = 4.0 / 3.0 * math.pi * cutoff**3
     # A cell without volume is the potential's to refuse; it must not upset the queue.
-    return atoms * np.where(neighbours > 1.0, np.minimum(neighbours, 1e4), 1.0)
+    if (counts == counts[0]).all():
+        # Beads have the same size and nearly the same cell: one stands for all.
+        atoms = float(counts[0])
+        neighbours = sphere * atoms / max(_volume(structures.cells[0]), 1e-6)
+        return np.full(len(counts), atoms * max(1.0, min(neighbours, 1e4)))
+    return counts * np.clip(sphere * counts / np.maximum(structures.volumes, 1e-6), 1.0, 1e4)
+
+
+def _volume(cell: Array) -> float:
+    # In plain numbers: numpy's determinant of one cell takes longer than all else here.
+    (a, b, c), (d, e, f), (g, h, i) = cell.tolist()
+    return abs(a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g))
 
 
 def cut(count: int, speeds: Sequence[float], loads: Sequence[float] | None = None) -> list[int]:

@@ -205,12 +205,16 @@ class Dispatch:
         """Give workers that are idle, or soon will be, what waits; idle ones also a copy of what is late."""
         if not self.jobs or not any(is_free(w, now) for w in self.workers.values()):
             return []
+        given: list[tuple[Worker, Batch]] = []
         queue = self._queue.order(job for job in self.jobs.values() if job.todo)
-        several = self._queue.several
-        plans = plan_batches(queue, list(self.workers.values()), now, self._max_cost, several, self._parts)
-        given = [(plan.worker, self._give(plan, now)) for plan in plans if plan.runs]
-        idle = [w for w in self.workers.values() if w.batch is None and not w.leaving]
-        return given + [pair for w in idle for pair in self._help_out(w, now)]
+        if queue:
+            workers, several = list(self.workers.values()), self._queue.several
+            plans = plan_batches(queue, workers, now, self._max_cost, several, self._parts)
+            given = [(plan.worker, self._give(plan, now)) for plan in plans if plan.runs]
+        if any(_is_late(w, now) for w in self.workers.values()):
+            idle = [w for w in self.workers.values() if w.batch is None and not w.leaving]
+            given += [pair for w in idle for pair in self._help_out(w, now)]
+        return given
 
     def pause(self, now: float, longest: float) -> float:
         """After how long to look again, if nothing happens [s]: when a worker is to be given more work."""
@@ -251,11 +255,9 @@ class Dispatch:
     def _help_out(self, helper: Worker, now: float) -> list[tuple[Worker, Batch]]:
         """A copy of a late batch for a worker that has nothing else to do; the first answer counts."""
         for worker in self.workers.values():
-            if worker.batch is None:
+            if not _is_late(worker, now):
                 continue
-            known, elapsed = worker.batch.expected, now - worker.since
-            if elapsed <= (LATE_UNKNOWN if known is None else LATE_LEAST + LATE_FACTOR * known):
-                continue
+            elapsed = now - worker.since
             # What it was to do next is stuck behind what it is at.
             for batch in (worker.batch, worker.ahead):
                 if batch is not None and _may_help(helper, batch):
@@ -263,7 +265,7 @@ class Dispatch:
                         "worker %s is late (%.1f s); %s does it too", worker.index, elapsed, helper.index
                     )
                     late = {"batch": batch.number, "worker": worker.index}
-                    self.tell("late", **late, elapsed=elapsed, expected=known)
+                    self.tell("late", **late, elapsed=elapsed, expected=worker.batch.expected)
                     self._hold(helper, batch, now, wait=elapsed, copy=True)
                     return [(helper, batch)]
         return []
@@ -343,6 +345,14 @@ class Dispatch:
                 back.append(run)
         self._again(worker, batch, [run for run in back if not run.job.ended], fault.what)
         return outcomes
+
+
+def _is_late(worker: Worker, now: float) -> bool:
+    """Whether a worker should have answered long ago."""
+    if worker.batch is None:
+        return False
+    known = worker.batch.expected
+    return now - worker.since > (LATE_UNKNOWN if known is None else LATE_LEAST + LATE_FACTOR * known)
 
 
 def _may_help(helper: Worker, batch: Batch) -> bool:

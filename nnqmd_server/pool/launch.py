@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import shutil
+import signal
 import socket
 import stat
+import subprocess
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -23,6 +27,11 @@ from nnqmd_server.pool.processes import Processes, Recipe, plan
 from nnqmd_server.pool.scheduler import Pool, Recorder, Status
 from nnqmd_server.pool.watch import Watch
 from nnqmd_server.potentials.load import card_of
+
+log = logging.getLogger("nnqmd.pool")
+
+FINAL = {0, 3, -signal.SIGTERM}
+"""Ends of a worker that another start does not mend, or that somebody wanted."""
 
 
 def private_folder(folder: Path) -> Path:
@@ -95,6 +104,8 @@ class LocalPool:
         Key file of the pool, needed for TCP beyond this machine; ``$NNQMD_KEYS`` unless given.
     hashes : mapping of str to str, optional
         SHA-256 that a model must have, by name.
+    restarts : int
+        How often in an hour a worker that was ready and has died is started again.
 
     Raises
     ------
@@ -119,6 +130,7 @@ class LocalPool:
         join: str = "",
         keys: Path | None = None,
         hashes: Mapping[str, str] | None = None,
+        restarts: int = 0,
     ) -> None:
         cards = {name: card_of(source) for name, source in models.items()}  # what is no model is found first
         self.models = models
@@ -130,6 +142,10 @@ class LocalPool:
         back = join_address(self.own_address)
         self._processes: Processes | None = None
         self._watching = threading.Event()
+        self._restarts = restarts
+        self._restarted: deque[float] = deque()
+        self._lost = False
+        self._watch: threading.Thread | None = None
         self._logs = logs
         self._pool: Pool | None = None
         try:
@@ -166,14 +182,37 @@ class LocalPool:
 
     def _watch_workers(self) -> None:
         reported: set[int] = set()
+        ready: set[int] = set()
         while not self._watching.wait(0.1):
             for process in self._processes.ended:
                 if process.pid not in reported:
                     reported.add(process.pid)
                     self._pool.worker_died(process.pid)
-            if reported and len(reported) == len(self._processes.all):
+                    if process.pid in ready:
+                        self._start_again(process)
+            ready |= self._pool.worker_pids()  # after the ended: who was ready when last seen
+            mine = self._processes.all
+            if mine and all(process.pid in reported for process in mine):
+                self._lost = True
                 self._pool.give_up(f"All workers have ended. {self.last_words()}")
                 return
+
+    def _start_again(self, process: subprocess.Popen) -> None:
+        """Replace a worker that has died, unless too many have lately."""
+        now = time.monotonic()
+        while self._restarted and now - self._restarted[0] > 3600.0:
+            self._restarted.popleft()
+        if process.returncode in FINAL or len(self._restarted) >= self._restarts:
+            return
+        self._restarted.append(now)
+        try:
+            self._processes.again(process)
+        except OSError as error:
+            log.error("a worker that died cannot be started again: %s", error)
+        else:
+            log.warning(
+                "worker process %s has died (%s) and is started again", process.pid, process.returncode
+            )
 
     def check(self) -> None:
         """Raise when no worker is left of those that were started here, nor one that has joined.
@@ -183,8 +222,7 @@ class LocalPool:
         PoolError
             All workers have ended.
         """
-        mine = self._processes.all
-        if mine and len(self._processes.ended) == len(mine) and not self.status().workers:
+        if self._lost and not self.status().workers:
             raise PoolError(f"All workers have ended. {self.last_words()}", f"See {self._logs}.")
 
     def last_words(self) -> str:
@@ -253,6 +291,8 @@ class LocalPool:
     def stop(self) -> None:
         """Stop the workers and the pool, and remove their sockets."""
         self._watching.set()
+        if self._watch is not None:
+            self._watch.join(10)  # it may just be starting a worker again
         if self._pool is not None:
             self._pool.stop()
         if self._processes is not None:

@@ -44,7 +44,7 @@ class Limits:
             One structure alone does not fit.
         """
         self.learned = None
-        largest = max(int(structures.offsets[k + 1] - structures.offsets[k]) for k in range(len(structures)))
+        largest = int((structures.offsets[1:] - structures.offsets[:-1]).max())
         size = name, largest.bit_length()
         parts, first = [], 0
         while first < len(structures):

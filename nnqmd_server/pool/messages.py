@@ -16,6 +16,11 @@ from typing import Any
 import numpy as np
 import zmq
 
+try:
+    import orjson
+except ImportError:  # a worker of a foreign interpreter may lack it
+    orjson = None
+
 from nnqmd_server.pool.bulk import Bulk, UnreachableError
 from nnqmd_server.structures import Array, Results, Structures
 
@@ -82,7 +87,7 @@ def pack(message: Message, bulk: Bulk | None = None) -> list[bytes | memoryview]
         elif raw.size:
             small.append(raw.tobytes().ljust(-(-raw.nbytes // 8) * 8))
     header = {"protocol": PROTOCOL, "kind": message.kind, "fields": message.fields, "arrays": described}
-    return [json.dumps(header).encode(), b"".join(small), *frames]
+    return [_encode(header), b"".join(small), *frames]
 
 
 def send(
@@ -113,7 +118,7 @@ def unpack(frames: Sequence[bytes | memoryview], bulk: Bulk | None = None) -> Me
     if not frames or len(frames[0]) > MAX_HEADER:
         raise BadMessageError("no header, or one that is too long")
     try:
-        header = json.loads(bytes(frames[0]))
+        header = _decode(frames[0])
         if header["protocol"] != PROTOCOL:
             raise OtherProtocolError(header["protocol"])
         if len(frames) < 2:
@@ -135,9 +140,7 @@ def unpack(frames: Sequence[bytes | memoryview], bulk: Bulk | None = None) -> Me
             raw, offset = (next(large, b""), 0) if size >= LARGE else (frames[1], first)
             if offset + size > len(raw) or (size >= LARGE and size != len(raw)):
                 raise BadMessageError("an array is not as long as announced")
-            arrays[name] = (
-                np.frombuffer(raw, number, count, offset).reshape(shape) if count else np.empty(shape, number)
-            )
+            arrays[name] = np.ndarray(shape, number, raw, offset) if count else np.empty(shape, number)
             if size < LARGE:
                 first += -(-size // 8) * 8
         if first != len(frames[1]) or next(large, None) is not None:
@@ -149,6 +152,24 @@ def unpack(frames: Sequence[bytes | memoryview], bulk: Bulk | None = None) -> Me
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise BadMessageError(f"malformed header: {str(error)[:200]}") from error
     return Message(kind, fields, arrays)
+
+
+def _encode(header: dict[str, Any]) -> bytes:
+    if orjson is not None:
+        try:
+            return orjson.dumps(header, option=orjson.OPT_NON_STR_KEYS)
+        except TypeError:  # longer integers, halves of surrogate pairs: the standard library knows more
+            pass
+    return json.dumps(header).encode()
+
+
+def _decode(frame: bytes | memoryview) -> dict[str, Any]:
+    if orjson is not None:
+        try:
+            return orjson.loads(frame)
+        except ValueError:
+            pass
+    return json.loads(bytes(frame))
 
 
 def _count(shape: list[int]) -> int:
@@ -195,9 +216,10 @@ def arrays_to_structures(arrays: dict[str, Array]) -> Structures:
         and found.offsets.shape == (count + 1,)
         and found.offsets.dtype == np.int64
     )
-    if not fits or found.offsets[0] != 0 or found.offsets[-1] != n or (np.diff(found.offsets) < 1).any():
+    offsets = found.offsets
+    if not fits or offsets[0] != 0 or offsets[-1] != n or (offsets[1:] <= offsets[:-1]).any():
         raise BadMessageError("the arrays do not describe structures")
-    if ((found.numbers < 1) | (found.numbers > 118)).any():
+    if n and not 1 <= numbers.min() <= numbers.max() <= 118:
         raise BadMessageError("an atomic number is not one")
     return found
 

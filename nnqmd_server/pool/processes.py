@@ -150,15 +150,24 @@ class Processes:
         self.plan = plan
         self.all: list[subprocess.Popen] = []
         self.logs: list[Path] = []
+        self._made: list[tuple[str | None, Mapping[str, str], int, int]] = []
         try:
             for python, sources in by_interpreter(recipe.models).items():
                 for rank in range(plan.workers):
-                    self._start(python, sources, first + len(self.all), first + rank)
+                    self._made.append((python, sources, first + len(self.all), first + rank))
+                    self.all.append(self._start(*self._made[-1]))
         except OSError:
             self.stop()
             raise
 
-    def _start(self, python: str | None, sources: Mapping[str, str], index: int, local: int) -> None:
+    def again(self, ended: subprocess.Popen) -> None:
+        """Start one that has ended once more: with the same number, on the same device, in the same log."""
+        place = self.all.index(ended)
+        self.all[place] = self._start(*self._made[place])
+
+    def _start(
+        self, python: str | None, sources: Mapping[str, str], index: int, local: int
+    ) -> subprocess.Popen:
         recipe = self.recipe
         command = worker_command(python)
         command += ["--pool", recipe.pool, "--index", str(index), "--device", self.plan.device]
@@ -174,10 +183,13 @@ class Processes:
             settings["CUDA_VISIBLE_DEVICES"] = gpu_of(local)
         recipe.logs.mkdir(parents=True, exist_ok=True)
         log = recipe.logs / f"worker-{index}.log"
-        with log.open("w") as output:
+        if log not in self.logs:
+            log.unlink(missing_ok=True)
+            self.logs.append(log)
+        with log.open("a") as output:
             # A session of their own: mpiexec and terminals signal whole groups, and the last share is to be
             # finished. Who starts workers stops them, and they end when it is gone.
-            process = subprocess.Popen(
+            return subprocess.Popen(
                 command,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -185,8 +197,6 @@ class Processes:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
-        self.all.append(process)
-        self.logs.append(log)
 
     @property
     def ended(self) -> list[subprocess.Popen]:

@@ -140,7 +140,9 @@ class Pool:
         if observe is not None:
             self.watch.listen(observe)
         self.record: Recorder | None = None
-        self._dispatch = Dispatch(max_force, max_cost, deterministic, self.watch)
+        # Counting takes longer than deciding, so what happens is told after the messages have left.
+        self._untold: deque[tuple[str, dict[str, Any]]] = deque()
+        self._dispatch = Dispatch(max_force, max_cost, deterministic, self._note)
         self._bulk = Bulk() if any(map(near, _several(doors))) else None
         self._near_workers = self._bulk is not None and any(map(near, _several(workers)))
         self._expected = tuple(expected)
@@ -176,8 +178,15 @@ class Pool:
         """No worker is left: everything that is asked fails with this reason until another one joins."""
         self._hopeless = why
 
+    def worker_pids(self) -> set[int]:
+        """Processes of the workers of this machine that are ready."""
+        return {w.pid for w in self._dispatch.workers.copy().values() if w.host == HOST}
+
     def status(self) -> Status:
-        """A consistent enough glance for a display."""
+        """A consistent enough glance for a display: whoever has an answer finds it counted."""
+        until = time.monotonic() + POLL
+        while self._untold and time.monotonic() < until:
+            time.sleep(1e-4)
         workers = sorted(self._dispatch.workers.copy().values(), key=lambda w: w.index)
         seen, counts = self.watch.workers(), self.watch.counts
         return Status(
@@ -221,13 +230,23 @@ class Pool:
                 if self._hopeless and not self._dispatch.workers:
                     self._answer(self._dispatch.fail_all(Fault(self._hopeless, "See the workers' logs.")))
                 self._hand_out()
+                self._tell()
             self._fail_all("The pool was stopped.")
             for worker in list(self._dispatch.workers.values()):
                 self._send(self._backs, worker.identity, Message("stop"))
+            self._tell()
             time.sleep(0.05)  # lets the farewell leave before the sockets close
         finally:
             self._gate.close()
             self._context.destroy(linger=100)
+
+    def _note(self, what: str, fields: dict[str, Any]) -> None:
+        self._untold.append((what, fields))
+
+    def _tell(self) -> None:
+        while self._untold:
+            self.watch(*self._untold[0])
+            self._untold.popleft()
 
     def _fail_all(self, why: str) -> None:
         self._answer(self._dispatch.fail_all(Fault(why, "See the workers' logs.")))
@@ -271,6 +290,7 @@ class Pool:
 
     def _from_door(self, client: bytes, message: Message) -> None:
         if message.kind == "status":
+            self._tell()
             fields = asdict(self.status()) | {"near": self._reaches(message.fields.get("memory"))}
             self._send(self._doors, client, Message("status", fields))
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -125,7 +126,14 @@ class Batch:
 
 def structures_of(runs: Sequence[Run]) -> Structures:
     """The structures of some runs, one behind another; not copied where there is one run."""
-    return concatenate([run.job.structures[run.first : run.last] for run in runs])
+    return concatenate(
+        [
+            run.job.structures
+            if len(run) == len(run.job.structures)
+            else run.job.structures[run.first : run.last]
+            for run in runs
+        ]
+    )
 
 
 def results_by_run(runs: Sequence[Run], structures: Structures, results: Results) -> list[Results]:
@@ -157,13 +165,15 @@ def results_of(job: Job) -> Results:
     if job.area is None or not job.clean:
         return join(parts)
     low = 0
-    for k, part in enumerate(parts):
+    for part in parts:
         place = job.area[low : low + len(part.forces)]
         low += len(place)
         if not _same(part.forces, place):
             place[:] = part.forces
-        parts[k] = replace(part, forces=place[:0])
-    return replace(join(parts), forces=job.area)
+    if len(parts) == 1:
+        return replace(parts[0], forces=job.area)
+    nothing = job.area[:0]  # not joined: they all lie where they should
+    return replace(join([replace(part, forces=nothing) for part in parts]), forces=job.area)
 
 
 def _same(one: Array, other: Array) -> bool:
@@ -214,9 +224,10 @@ def _all_sound(results: Results, max_force: float) -> bool:
     """A quick look that may say no to results that are sound."""
     others = (results.energy, results.virial, *results.properties.values(), *results.atom_properties.values())
     # Each |component| below the cap over sqrt(3) keeps the norm below the cap; NaN fails every comparison.
-    return bool(np.abs(results.forces).max(initial=0.0) <= max_force / 1.7321) and all(
-        np.isfinite(values.sum()) for values in others
-    )
+    cap, forces = max_force / 1.7321, results.forces
+    if forces.size and not (forces.max() <= cap and forces.min() >= -cap):
+        return False
+    return all(math.isfinite(values.sum()) for values in others)
 
 
 def _unsound(

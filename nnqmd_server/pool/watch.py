@@ -231,7 +231,10 @@ class Watch:
         name = fields["potential"]
         if name not in self._potentials and len(self._potentials) >= MAX_POTENTIALS:
             name = "others"
-        return self._potentials.setdefault(name, PotentialWatch())
+        found = self._potentials.get(name)
+        if found is None:
+            found = self._potentials[name] = PotentialWatch()
+        return found
 
     def _forget(self, now: float) -> None:
         for name, one in list(self._simulations.items()):
@@ -248,7 +251,8 @@ _COUNTED = (
 
 def plain(text: object, most: int = 300) -> str:
     """Text from elsewhere, for a terminal: no control characters, not too long."""
-    return "".join(c if c.isprintable() else "?" for c in str(text)[:most])
+    text = str(text)[:most]
+    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
 
 def in_words(what: str, fields: dict[str, Any]) -> str:
