@@ -434,9 +434,8 @@ def in_ipi(
 
 def ring_lists(figures: Figures, folder: Path, workers: int, rounds: int) -> None:
     """The time of the lists of a whole ring, step by step."""
-    from nnqmd_server.potentials.neighbours import Lists, fresh_edges
-
     from nnqmd_server.pool.launch import LocalPool
+    from nnqmd_server.potentials.neighbours import Lists, fresh_edges
     from nnqmd_server.potentials.package import read_card
 
     with LocalPool({"ammonia": str(MODEL)}, folder / "logs", workers=workers, device="cpu") as pool:
