@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from nnqmd_server.cli.terminal import console
+from nnqmd_server.errors import InputError, NnqmdError, OutputError
 
 if TYPE_CHECKING:
     from nnqmd_server.inputs.forecast import Forecast, Question
@@ -70,7 +71,6 @@ def bench(
     spring on which hydrogen would have 1500 cm^-1, at the given temperature, and moves from one force set to
     the next as in ring-polymer dynamics. The widths are printed.
     """
-    from nnqmd_server.errors import InputError
     from nnqmd_server.inputs.forecast import Question
     from nnqmd_server.inputs.start import read_start
     from nnqmd_server.potentials.load import parse_models
@@ -106,8 +106,6 @@ def bench(
 
 def _check_outputs(picture: Path | None, json_file: Path | None) -> None:
     """Nobody should lose a minute to a folder that is not there."""
-    from nnqmd_server.errors import OutputError
-
     if picture is not None and picture.suffix not in PICTURES:
         raise OutputError(f"{picture} is not a picture's name.", f"Let it end in {', '.join(PICTURES)}.")
     for path in (picture, json_file):
@@ -121,11 +119,16 @@ def _measure(question: Question) -> Forecast:
     # Kept when something fails, since the message then names a log in it.
     logs = Path(tempfile.mkdtemp(prefix="nnqmd-bench-"))
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("", total=1.0)
-        tell = lambda line, part: progress.update(bar, description=line, completed=part)  # noqa: E731
-        for found in forecast(question, logs, tell):
-            last = found
+    try:
+        with Progress(*columns, console=console, transient=True) as progress:
+            bar = progress.add_task("", total=1.0)
+            tell = lambda line, part: progress.update(bar, description=line, completed=part)  # noqa: E731
+            for found in forecast(question, logs, tell):
+                last = found
+    except NnqmdError:
+        if not any(logs.iterdir()):
+            logs.rmdir()
+        raise
     shutil.rmtree(logs, ignore_errors=True)
     return last
 
@@ -204,7 +207,6 @@ def _sum(found: Forecast) -> None:
 
 
 def _write(found: Forecast, path: Path) -> None:
-    from nnqmd_server.errors import OutputError
 
     try:
         path.write_text(json.dumps(found.figures(), indent=1) + "\n")

@@ -77,7 +77,7 @@ class Potential(Protocol):
     """How the model runs, in words for the log ("compiled for cpu", "eager, no C++ compiler")."""
     # Optional: `together` (bool, True where it is missing) says that a batch costs less than its structures
     # one by one, so that simulations are merged for it. `spent` (seconds in "lists", "copies" and "model"
-    # until now) with `timing` (set: wait for the device after each) is where `nnqmd bench` has the shares from.
+    # until now) with `timing` (set: wait for the device after each) gives `nnqmd bench` its shares.
 
     def evaluate(self, structures: Structures) -> Results:
         """Energies [eV], forces [eV/Angstrom], virials [eV] and properties, in the order given."""
