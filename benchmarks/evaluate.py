@@ -49,6 +49,10 @@ CELLS = {64: (1, 1, 1), 256: (1, 1, 4), 1024: (2, 2, 4)}  # of the shipped 64-at
 SAME = 2e-5
 """Forces of two sides may differ by this much [eV/Angstrom]: sums of float32 in another order."""
 
+CHUNK = 5
+"""Force sets after which the sides take turns: a shared machine drifts within seconds."""
+TURNS = ("bare", "evaluated", "served")
+
 Figures = dict[str, float]
 
 
@@ -180,18 +184,19 @@ def _compute(barrier: object, orders: object, answers: object, sets: list) -> No
     forces = np.concatenate([model(data)["forces"].numpy() for data in inputs[0]])
     answers.put((forces, potential.evaluate(sets[0]).forces))
     while (order := orders.get(timeout=900)) != "end":
+        order, part = order
         barrier.wait(timeout=600)
         before, start = dict(potential.spent), time.perf_counter()
         if order == "bare":
-            for one in inputs:
+            for one in inputs[part]:
                 for data in one:
                     model(data)
         else:
-            for one in sets:
+            for one in sets[part]:
                 potential.evaluate(one)
         spent = time.perf_counter() - start
         stages = {name: potential.spent[name] - before[name] for name in before}
-        answers.put((spent / len(sets), {name: part / spent for name, part in stages.items()}))
+        answers.put((spent, stages))
 
 
 class Processes:
@@ -225,13 +230,13 @@ class Processes:
         own = np.concatenate([one[1] for one in found])
         must_agree("bare model and potential", self.forces, own)
 
-    def measure(self, order: str) -> tuple[float, dict[str, float]]:
-        """Milliseconds per force set of the slowest process, and the mean shares of its stages."""
+    def measure(self, order: str, part: slice) -> tuple[float, float, dict[str, float]]:
+        """Seconds of the slowest process for some of the force sets, of all together, and in their stages."""
         for orders, _ in self._queues:
-            orders.put(order)
+            orders.put((order, part))
         found = [answers.get(timeout=900) for _, answers in self._queues]
-        shares = {name: statistics.mean(one[1][name] for one in found) for name in found[0][1]}
-        return 1e3 * max(one[0] for one in found), shares
+        stages = {name: sum(one[1][name] for one in found) for name in found[0][1]}
+        return max(one[0] for one in found), sum(one[0] for one in found), stages
 
     def end(self) -> None:
         """Let them end."""
@@ -247,11 +252,11 @@ def _ask(address: str, sets: list, orders: object, answers: object) -> None:
 
     client = PoolClient(address, patience=300.0)
     answers.put(client.submit(sets[0]).forces)
-    while orders.get(timeout=900) != "end":
+    while (part := orders.get(timeout=900)) != "end":
         start = time.perf_counter()
-        for one in sets:
+        for one in sets[part]:
             client.submit(one)
-        answers.put((time.perf_counter() - start) / len(sets))
+        answers.put(time.perf_counter() - start)
     client.close()
 
 
@@ -279,14 +284,22 @@ def served(figures: Figures, folder: Path, workers: int, rounds: int) -> None:
                 "lists": [],
             }
             for k in range(rounds):
-                found["bare"].append(bare.measure("bare")[0])
-                orders.put("go")
-                found["served"].append(1e3 * answers.get(timeout=900))
-                milliseconds, shares = bare.measure("evaluate")
-                found["evaluated"].append(milliseconds)
-                found["share"].append(1.0 - shares["model"])
-                found["lists"].append(shares["lists"])
-                now = ", ".join(f"{name} {found[name][-1]:.2f}" for name in ("bare", "evaluated", "served"))
+                spent = dict.fromkeys((*TURNS, "all", "lists", "model"), 0.0)
+                for first in range(0, len(sets), CHUNK):
+                    part = slice(first, first + CHUNK)
+                    spent["bare"] += bare.measure("bare", part)[0]
+                    orders.put(part)
+                    spent["served"] += answers.get(timeout=900)
+                    slowest, every, stages = bare.measure("evaluate", part)
+                    spent["evaluated"] += slowest
+                    spent["all"] += every
+                    spent["lists"] += stages["lists"]
+                    spent["model"] += stages["model"]
+                for name in TURNS:
+                    found[name].append(1e3 * spent[name] / len(sets))
+                found["share"].append(1.0 - spent["model"] / spent["all"])
+                found["lists"].append(spent["lists"] / spent["all"])
+                now = ", ".join(f"{name} {found[name][-1]:.2f}" for name in TURNS)
                 print(f"{atoms} atoms, round {k + 1}: {now} ms per force set", flush=True)
             orders.put("end")
             client.join(20)
