@@ -81,13 +81,13 @@ def by_interpreter(models: Mapping[str, str]) -> dict[str | None, dict[str, str]
     return found
 
 
-def worker_command(python: str | None = None) -> list[str]:
-    """How a worker process is started, in this interpreter or in another one.
+def worker_command(python: str | None = None, module: str = "nnqmd_server.pool.worker") -> list[str]:
+    """How a worker process is started, in this interpreter or in another one; or another ``module`` of ours.
 
     The other one need not have nnqmd installed: it is given ours, and nothing else of this environment.
     """
     if python is None:
-        return [sys.executable, "-m", "nnqmd_server.pool.worker"]
+        return [sys.executable, "-m", module]
     package = Path(nnqmd_server.__file__).parent
     lines = [
         "import sys, importlib.util as u",
@@ -95,7 +95,7 @@ def worker_command(python: str | None = None) -> list[str]:
         f" submodule_search_locations=[{str(package)!r}])",
         "sys.modules['nnqmd_server'] = m = u.module_from_spec(s)",
         "s.loader.exec_module(m)",
-        "from nnqmd_server.pool.worker import main",
+        f"from {module} import main",
         "main()",
     ]
     return [python, "-c", "\n".join(lines)]

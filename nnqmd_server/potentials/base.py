@@ -76,9 +76,8 @@ class Potential(Protocol):
     form: str
     """How the model runs, in words for the log ("compiled for cpu", "eager, no C++ compiler")."""
     # Optional: `together` (bool, True where it is missing) says that a batch costs less than its structures
-    # one by one, so that simulations are merged for it.
-    # Optional: `together` (bool, True where it is missing) says that a batch costs less than its structures
-    # one by one, so that simulations are merged for it.
+    # one by one, so that simulations are merged for it. `spent` (seconds in "lists", "copies" and "model"
+    # until now) with `timing` (set: wait for the device after each) gives `nnqmd bench` its shares.
 
     def evaluate(self, structures: Structures) -> Results:
         """Energies [eV], forces [eV/Angstrom], virials [eV] and properties, in the order given."""
