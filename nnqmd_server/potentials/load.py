@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 from nnqmd_server.errors import InputError, ModelError
+from nnqmd_server.potentials import sources
 from nnqmd_server.potentials.base import Card, Potential
 from nnqmd_server.potentials.package import PACKAGE_SUFFIX, file_hash, read_card
 
@@ -88,6 +89,8 @@ def interpreter_of(source: str) -> tuple[str, str | None]:
 def own_name(source: str) -> str:
     """The name of a source that was given none."""
     source, _ = interpreter_of(source)
+    if sources.is_prefixed(source):
+        return sources.own_name(source)
     python = _PYTHON.fullmatch(source)
     return python["maker"] if python else Path(source).name.removesuffix(PACKAGE_SUFFIX)
 
@@ -101,12 +104,16 @@ def card_of(source: str) -> Card | None:
         It is neither.
     """
     source, _ = interpreter_of(source)
+    if sources.is_prefixed(source):
+        return sources.card_of(source, card_of)
     return None if _PYTHON.fullmatch(source) else read_card(source)
 
 
 def absolute(source: str) -> str:
     """The same source, without its interpreter, for a process that was started in another folder."""
     source, _ = interpreter_of(source)
+    if sources.is_prefixed(source):
+        return sources.absolute(source, absolute)
     python = _PYTHON.fullmatch(source)
     if python is None:
         return str(Path(source).resolve())
@@ -124,6 +131,8 @@ def source_hash(source: str) -> str:
         The file cannot be read.
     """
     source, _ = interpreter_of(source)
+    if sources.is_prefixed(source):
+        return sources.source_hash(source, source_hash)
     python = _PYTHON.fullmatch(source)
     if python is not None and not python["module"].endswith(".py"):
         return ""
@@ -181,6 +190,8 @@ def load(source: str, device: str = "cpu", compiled: bool = True) -> Potential:
     ModelError
         It is missing, is not what it claims, or cannot be loaded.
     """
+    if sources.is_prefixed(source):
+        return _load_prefixed(source, device, compiled)
     python = _PYTHON.fullmatch(source)
     if python is None:
         from nnqmd_server.potentials.allegro import load as load_allegro
@@ -194,6 +205,24 @@ def load(source: str, device: str = "cpu", compiled: bool = True) -> Potential:
             f"{source} cannot be loaded: {error.__class__.__name__}: {error}.",
             f"{python['maker']}(device) in it must return a potential (nnqmd_server.potentials.base).",
         ) from error
+
+
+def _load_prefixed(source: str, device: str, compiled: bool) -> Potential:
+    found = sources.read(source)
+    if isinstance(found, sources.Composite):
+        from nnqmd_server.potentials.composites import Committee, Sum
+
+        members = [load(member, device, compiled) for member in found.members]
+        return Committee(members) if found.kind == "committee" else Sum(members, found.weights)
+    module = "ipi_pes" if found.kind == "ipi" else found.kind
+    try:
+        adapter = importlib.import_module(f"nnqmd_server.potentials.{module}")
+    except ImportError as error:
+        raise ModelError(
+            f"{source} needs {error.name}, which is not in {sys.prefix}.",
+            f"Install it there, or name the environment that has it: {source}@/envs/NAME.",
+        ) from error
+    return adapter.load(found, device)
 
 
 def _module(name: str) -> ModuleType:
