@@ -1,4 +1,4 @@
-"""Any of i-PI's own Python drivers as a potential: ``ipi:NAME[,key=value]...``, ``ipi:FILE.py[,key=value]...``.
+"""Any of i-PI's own Python drivers as a potential: ``ipi:NAME[,key=value]...`` or ``ipi:FILE.py...``.
 
 So its ``mace``, ``metatomic``, ``pet``, ``xtb``, ``so3lr``, ``harmonic`` and a user's own driver serve a pool
 as they stand. They speak hartree and bohr, have cell vectors as columns, and learn the elements from their
@@ -73,7 +73,7 @@ class IpiDriver:
         self._warned = False
 
     def warm_up(self) -> None:
-        """Nothing: a driver with a template has no place for other structures, and no template need have a cell."""
+        """Nothing: a driver with a template can do no other structures, and its template may have no cell."""
 
     def evaluate(self, structures: Structures) -> Results:
         """Energies, forces and virials, and of the extras what the card names.
