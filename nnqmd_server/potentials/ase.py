@@ -84,7 +84,7 @@ class AseCalculator:
     def _without_stress(self) -> ModelError:
         return ModelError(
             f"The calculator {self.card.name} gives no stress, which i-PI's virial and pressure are made of.",
-            "At constant volume add stress=none (the virial is zero, and the pressure that i-PI prints wrong);"
+            "At constant volume add stress=none (a virial of zero: i-PI prints a wrong pressure);"
             " at constant pressure stress=finite (twelve more energies for each structure); for molecules"
             " pbc=none.",
         )
@@ -95,7 +95,7 @@ class AseCalculator:
             self._evaluate(self._template.copy())
 
     def evaluate(self, structures: Structures) -> Results:
-        """Energies (the one that the forces belong to, where there are two), forces, virials, and what was asked.
+        """Energies (the one that the forces belong to, where there are two), forces, virials, properties.
 
         Raises
         ------

@@ -128,7 +128,7 @@ def _split(text: str, source: str) -> list[str]:
     pieces = [piece.strip() for piece in pieces]
     if depth or quote or not all(pieces):
         raise InputError(
-            f"{source} cannot be read: a bracket or quotation mark is open, or nothing stands between commas.",
+            f"{source} cannot be read: a bracket or quotation mark is open, or a piece is empty.",
             "Write it like ase:ase.calculators.emt.EMT,asap_cutoff=true, and quote it for the shell where it"
             " has brackets, quotation marks or *.",
         )
@@ -189,7 +189,7 @@ def _files_of(found: Foreign) -> list[Path]:
 
 
 def card_of(source: str, of_member: Callable[[str], Card | None]) -> Card | None:
-    """What a composite says of itself where all its members do; None for other programs, which must run first.
+    """What a composite says of itself where all its members do; None for other programs.
 
     Raises
     ------
@@ -224,7 +224,7 @@ def absolute(source: str, of_member: Callable[[str], str]) -> str:
 
 
 def source_hash(source: str, of_member: Callable[[str], str]) -> str:
-    """SHA-256 of the one file that a source names, or of the hashes of several, one a line; "" if one has none.
+    """SHA-256 of the file that a source names; of the hashes of several, one a line; "" if one has none.
 
     Raises
     ------
