@@ -9,7 +9,14 @@ import pytest
 from conftest import MODEL
 
 from nnqmd_server.errors import InputError, ModelError
-from nnqmd_server.potentials.load import absolute, card_of, interpreter_of, own_name, parse_models, source_hash
+from nnqmd_server.potentials.load import (
+    absolute,
+    card_of,
+    interpreter_of,
+    own_name,
+    parse_models,
+    source_hash,
+)
 from nnqmd_server.potentials.sources import Composite, Foreign, identity, is_prefixed, read
 
 PES = "from ipi.pes.harmonic import *\n"
@@ -21,7 +28,10 @@ PES = "from ipi.pes.harmonic import *\n"
         ("ase:a.b.C", Foreign("ase", "a.b.C", {})),
         ("ase:m.py:maker,x=1,y=1e-3", Foreign("ase", "m.py:maker", {"x": 1, "y": 1e-3})),
         ("ase:a.B,u=true,v=None,w=none", Foreign("ase", "a.B", {"u": True, "v": None, "w": None})),
-        ("ase:a.B,method=GFN2-xTB,file=x.xyz", Foreign("ase", "a.B", {"method": "GFN2-xTB", "file": "x.xyz"})),
+        (
+            "ase:a.B,method=GFN2-xTB,file=x.xyz",
+            Foreign("ase", "a.B", {"method": "GFN2-xTB", "file": "x.xyz"}),
+        ),
         ("ase:a.B,kpts=(2,2,1),text='a,b'", Foreign("ase", "a.B", {"kpts": (2, 2, 1), "text": "a,b"})),
         ("ase:a.B,inner={'k': [1, 2]}", Foreign("ase", "a.B", {"inner": {"k": [1, 2]}})),
         ("ipi:harmonic,k1=0.02", Foreign("ipi", "harmonic", {"k1": 0.02})),
@@ -40,7 +50,9 @@ def test_what_is_written_is_what_is_meant(text, meaning):
     assert read(text) == meaning
 
 
-@pytest.mark.parametrize("other", ["a.nequip.zip", "file.py:maker", "module:maker", "ase", "ase:", "x/sum:y.zip"])
+@pytest.mark.parametrize(
+    "other", ["a.nequip.zip", "file.py:maker", "module:maker", "ase", "ase:", "x/sum:y.zip"]
+)
 def test_other_sources_are_left_alone(other):
     assert not is_prefixed(other)
 
@@ -69,7 +81,9 @@ def test_names_and_interpreters(tmp_path):
     python = tmp_path / "bin/python"
     python.parent.mkdir()
     python.symlink_to("/bin/true")
-    assert parse_models(["cheap=ipi:harmonic,k1=0.02", f"ase:ase.calculators.emt.EMT,asap_cutoff=true@{tmp_path}"])
+    assert parse_models(
+        ["cheap=ipi:harmonic,k1=0.02", f"ase:ase.calculators.emt.EMT,asap_cutoff=true@{tmp_path}"]
+    )
     source, found = interpreter_of(f"committee:a.zip,b.zip@{tmp_path}")
     assert (source, found) == ("committee:a.zip,b.zip", str(python))
     assert own_name("ase:ase.calculators.emt.EMT,asap_cutoff=true") == "EMT"
@@ -85,7 +99,9 @@ def test_files_keep_their_place_in_another_folder(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(PES)
     (tmp_path / "word").write_text("")
     here = str(Path.cwd())
-    assert absolute("ipi:mine.py,template=init.xyz,k1=1") == f"ipi:{here}/mine.py,template={here}/init.xyz,k1=1"
+    assert (
+        absolute("ipi:mine.py,template=init.xyz,k1=1") == f"ipi:{here}/mine.py,template={here}/init.xyz,k1=1"
+    )
     assert absolute("ase:mine.py:calc") == f"ase:{here}/mine.py:calc"
     assert absolute("ase:a.b.C,model=word") == "ase:a.b.C,model=word"  # a bare word is no path
     assert absolute("torchsim:a.b:C,x=1") == "torchsim:a.b:C,x=1"
