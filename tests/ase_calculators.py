@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-from ase.calculators.calculator import Calculator, CalculationFailed, all_changes
+from ase.calculators.calculator import CalculationFailed, Calculator, all_changes
 
 
 class Springs(Calculator):
     """Springs to the origin with k = 1 eV/Angstrom^2, a dipole and charges; no stress."""
 
-    implemented_properties = ("energy", "free_energy", "forces", "dipole", "charges")  # noqa: RUF012
+    implemented_properties = ("energy", "free_energy", "forces", "dipole", "charges")
     default_parameters = {"entropy": 0.0, "device": "none"}  # noqa: RUF012
 
     def calculate(self, atoms=None, properties=(), system_changes=all_changes):
