@@ -1,13 +1,19 @@
 """Allegro (and every other nequip model) as a potential.
 
+:meth:`Allegro.prepare` makes neighbour lists and tensors, :meth:`Allegro.run` evaluates them: models that are
+evaluated on the same structures share the first.
+
 On a CPU the structures are evaluated one by one: a batch is up to 2.4 times slower per frame there,
-since one frame stays in the cache and a batch does not. On a GPU they are evaluated together.
+since one frame stays in the cache and a batch does not. On a GPU they are evaluated together, in calls
+that are cut by the number of edges. Compiled models take any number of atoms and edges, so nothing is ever
+padded for them or compiled again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 import torch
@@ -16,17 +22,25 @@ from nequip.data import AtomicDataDict
 from nequip.model.inference_models import load_compiled_model
 from nequip.model.saved_models.load_utils import load_saved_model
 from nequip.utils.global_state import set_global_state
-from vesin import NeighborList
 
 from nnqmd_server.dipoles import total_dipoles
 from nnqmd_server.errors import InputError, ModelError
+from nnqmd_server.potentials import batch
 from nnqmd_server.potentials.base import Card, unknown_elements
 from nnqmd_server.potentials.centres import edges_of
 from nnqmd_server.potentials.compiled import compiled_model
+from nnqmd_server.potentials.neighbours import Lists
 from nnqmd_server.potentials.package import read_card
+from nnqmd_server.potentials.tensors import model_input
 from nnqmd_server.structures import Array, Results, Structures, join
 
 CENTROID = "wannier_centroid"
+
+ATOM_FIELDS = (CENTROID, "born_charges")
+"""What models may give for each atom, besides forces."""
+
+BYTES_PER_EDGE = 20_000
+"""What a model takes for each edge [bytes], until more has been seen; of all networks tried, the most."""
 
 
 class Allegro:
@@ -42,18 +56,38 @@ class Allegro:
         "cpu" or "cuda".
     form : str
         How it runs, in words.
+    most_edges : int, optional
+        Evaluate structures together, with no more edges than that at once. On a CPU they are evaluated one
+        by one unless it is given; on a GPU it follows from the free memory.
+
+    Attributes
+    ----------
+    lists : Lists
+        The neighbour lists that are kept.
+    spent : dict of float
+        Seconds since the beginning in "lists", "copies" and "model"; add ``timing`` on a GPU, which else is
+        still computing when the model returns.
+    timing : bool
+        Wait for the GPU around every call, so that ``spent`` is right there too.
     """
 
-    def __init__(self, model: torch.nn.Module, card: Card, device: str, form: str) -> None:
+    def __init__(
+        self, model: torch.nn.Module, card: Card, device: str, form: str, most_edges: int | None = None
+    ) -> None:
         self.card = card
         self.form = form
+        self.lists = Lists(card.cutoff)
+        self.spent = {"lists": 0.0, "copies": 0.0, "model": 0.0}
+        self.timing = False
         self._model = model
-        self.together = device != "cpu"
         self._device = torch.device(device)
+        self._most_edges = most_edges
+        self._bytes_per_edge = BYTES_PER_EDGE
+        self.together = most_edges is not None or self._device.type != "cpu"
         self._types = np.full(len(chemical_symbols) + 1, -1, dtype=np.int64)
         for index, symbol in enumerate(card.elements):
             self._types[atomic_numbers[symbol]] = index
-        self._neighbours = NeighborList(cutoff=card.cutoff, full_list=True)
+        self._longer: dict[float, Lists] = {}
 
     def evaluate(self, structures: Structures) -> Results:
         """Energies, forces, virials and, with a Wannier read-out, centroids and dipoles.
@@ -75,36 +109,96 @@ class Allegro:
         InputError
             Positions are not finite, or a cell has no volume.
         """
+        return self.run(self.prepare(structures))
+
+    def prepare(self, structures: Structures, cutoff: float | None = None) -> batch.Batch:
+        """Make the neighbour lists and the tensors of a batch, for this potential and others.
+
+        Parameters
+        ----------
+        structures : Structures
+            Positions and cells in Angstrom.
+        cutoff : float, optional
+            Longest edges [Angstrom], where another potential needs longer ones than this.
+
+        Raises
+        ------
+        UnknownElementError, InputError
+            See :meth:`evaluate`.
+        """
         self._check(structures)
-        if self._device.type == "cpu":
-            results = join([self._evaluate_together(structures[k : k + 1]) for k in range(len(structures))])
+        started = perf_counter()
+        lists = self.lists
+        if cutoff is not None and cutoff > self.card.cutoff:
+            lists = self._longer.setdefault(cutoff, Lists(cutoff))
+        if self.together:
+            ready = batch.together(structures, lists, self._device, self._edges_at_once())
         else:
-            results = self._evaluate_together(structures)
-        self.add_dipoles(structures, results)
-        return results
+            ready = batch.one_by_one(structures, lists)
+        self._clock("lists", started)
+        return ready
+
+    def run(self, ready: batch.Batch) -> Results:
+        """Evaluate a batch that this or another potential has prepared.
+
+        Parameters
+        ----------
+        ready : Batch
+            On the device of this potential, with edges at least as long as its cutoff.
+
+        Raises
+        ------
+        UnknownElementError
+            A structure holds an element that the model does not know.
+        InputError
+            The batch has only shorter edges.
+        """
+        self._check_elements(ready.structures)
+        if ready.cutoff < self.card.cutoff:
+            raise InputError(
+                f"The batch has edges up to {ready.cutoff} Angstrom; the model needs {self.card.cutoff}.",
+                "Prepare it with the largest cutoff of the models.",
+            )
+        results = []
+        for part in ready.parts:
+            fit = part if ready.cutoff == self.card.cutoff else batch.shortened(part, self.card.cutoff)
+            results.append(self._evaluate_part(fit))
+        whole = join(results)
+        self.add_dipoles(ready.structures, whole)
+        return whole
+
+    def _clock(self, what: str, started: float) -> float:
+        """Book the time since ``started``; returns the time now."""
+        if self.timing and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now = perf_counter()
+        self.spent[what] += now - started
+        return now
+
+    def _edges_at_once(self) -> float:
+        """Most edges of a call: what is asked for, or what fits into the free memory of the GPU."""
+        if self._most_edges is not None:
+            return self._most_edges
+        if self._device.type != "cuda":
+            return float("inf")
+        free = torch.cuda.mem_get_info(self._device)[0]
+        unused = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        return 0.8 * (free + unused) / self._bytes_per_edge
 
     def _check(self, structures: Structures) -> None:
         if not len(structures):
             raise InputError("There is no structure to evaluate.", "Give at least one.")
-        unknown = sorted(set(structures.numbers[self._types[structures.numbers] < 0].tolist()))
-        if unknown:
-            raise unknown_elements(self.card, [chemical_symbols[z] for z in unknown])
+        self._check_elements(structures)
         if not np.isfinite(structures.positions).all() or not (structures.volumes > 1e-6).all():
             raise InputError(
                 "A structure has positions that are not finite or a cell without volume.",
                 "The dynamics has broken down before: try a shorter timestep, and look at the last frames.",
             )
 
-    def _edges(self, structures: Structures) -> tuple[Array, Array]:
-        centres, shifts = [], []
-        for k in range(len(structures)):
-            atoms = structures.atoms_of(k)
-            i, j, s = self._neighbours.compute(
-                points=structures.positions[atoms], box=structures.cells[k], periodic=True, quantities="ijS"
-            )
-            centres.append(np.stack([i, j]).astype(np.int64) + atoms.start)
-            shifts.append(s)
-        return np.concatenate(centres, axis=1), np.concatenate(shifts).astype(np.float64)
+    def _check_elements(self, structures: Structures) -> None:
+        unknown = sorted(set(structures.numbers[self._types[structures.numbers] < 0].tolist()))
+        if unknown:
+            raise unknown_elements(self.card, [chemical_symbols[z] for z in unknown])
 
     def evaluate_centres(self, structure: Structures, centres: Array) -> Results:
         """What some of a structure's atoms contribute; over all atoms these add up to :meth:`evaluate`.
@@ -132,6 +226,7 @@ class Allegro:
         self._check(structure)
         n = structure.n_atoms
         forces = np.zeros((n, 3))
+        # Born charges are derivatives with respect to all atoms, and do not belong to the centres alone.
         atom_properties = {CENTROID: np.zeros((n, 3))} if CENTROID in self.card.properties else {}
         if not len(centres):
             return Results(np.zeros(1), forces, np.zeros((1, 3, 3)), {}, atom_properties)
@@ -141,10 +236,11 @@ class Allegro:
         around = Structures(
             structure.numbers[atoms], structure.positions[atoms], structure.cells, np.array([0, len(atoms)])
         )
-        out = self._run(around, edges, shifts)
+        inputs = batch.inputs(around, edges, shifts, self._device)
+        out = self._call(around, inputs)
         forces[atoms] = self._array(out[AtomicDataDict.FORCE_KEY])
-        if atom_properties:
-            atom_properties[CENTROID][centres] = self._array(out[CENTROID])[own]
+        for name, values in atom_properties.items():
+            values[centres] = self._array(out[name])[own]
         # The neighbours without edges of their own still have the constant energy of their element.
         energy = self._array(out[AtomicDataDict.PER_ATOM_ENERGY_KEY]).reshape(-1)[own].sum()
         return Results(
@@ -158,38 +254,38 @@ class Allegro:
                 structures, results.atom_properties[CENTROID], self.card.ion_charges or {}, self.card.carriers
             )
 
-    def _evaluate_together(self, structures: Structures) -> Results:
-        out = self._run(structures, *self._edges(structures))
-        atom_properties = {}
-        if CENTROID in self.card.properties:
-            atom_properties[CENTROID] = self._array(out[CENTROID])
-        return Results(
+    def _evaluate_part(self, part: batch.Part) -> Results:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            before = torch.cuda.memory_allocated(self._device)
+        out = self._call(part.structures, part.inputs)
+        started = perf_counter()
+        results = Results(
             energy=self._array(out[AtomicDataDict.TOTAL_ENERGY_KEY]).reshape(-1),
             forces=self._array(out[AtomicDataDict.FORCE_KEY]),
-            virial=self._virial(out, structures),
-            atom_properties=atom_properties,
+            virial=self._virial(out, part.structures),
+            atom_properties={
+                name: self._array(out[name]) for name in ATOM_FIELDS if name in self.card.properties
+            },
         )
+        self._clock("copies", started)
+        if self._device.type == "cuda" and part.n_edges > 10_000:
+            taken = torch.cuda.max_memory_allocated(self._device) - before
+            self._bytes_per_edge = max(self._bytes_per_edge, taken / part.n_edges)
+        return results
 
-    def _run(self, structures: Structures, edge_index: Array, shifts: Array) -> dict[str, torch.Tensor]:
-        counts = np.diff(structures.offsets)
-        # AOTInductor checks nothing: dtype and contiguity are settled here and nowhere else.
-        data = {
-            AtomicDataDict.POSITIONS_KEY: self._tensor(structures.positions, np.float64),
-            AtomicDataDict.EDGE_INDEX_KEY: self._tensor(edge_index, np.int64),
-            AtomicDataDict.ATOM_TYPE_KEY: self._tensor(self._types[structures.numbers], np.int64),
-            AtomicDataDict.CELL_KEY: self._tensor(structures.cells, np.float64),
-            AtomicDataDict.EDGE_CELL_SHIFT_KEY: self._tensor(shifts, np.float64),
-            AtomicDataDict.BATCH_KEY: self._tensor(np.repeat(np.arange(len(structures)), counts), np.int64),
-            AtomicDataDict.NUM_NODES_KEY: self._tensor(counts, np.int64),
-        }
-        return self._model(data)
+    def _call(self, structures: Structures, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        started = perf_counter()
+        types = {AtomicDataDict.ATOM_TYPE_KEY: self._types[structures.numbers]}
+        data = model_input({**inputs, **types}, self._device)
+        started = self._clock("copies", started)
+        out = self._model(data)
+        self._clock("model", started)
+        return out
 
     def _virial(self, out: dict[str, torch.Tensor], structures: Structures) -> Array:
         stress = self._array(out[AtomicDataDict.STRESS_KEY]).reshape(-1, 3, 3)
         return -stress * structures.volumes[:, None, None]
-
-    def _tensor(self, array: Array, dtype: type) -> torch.Tensor:
-        return torch.from_numpy(np.array(array, dtype=dtype, order="C")).to(self._device)
 
     @staticmethod
     def _array(tensor: torch.Tensor) -> Array:

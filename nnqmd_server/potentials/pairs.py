@@ -1,0 +1,168 @@
+"""The pairs of a neighbour list, and which of them are within the cutoff of many structures at once."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+from vesin import NeighborList
+
+from nnqmd_server.potentials.native import library
+from nnqmd_server.structures import Array
+
+_CHUNK = 12_000  # coordinates of pairs at once: they stay in the cache
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs (i, j, S) of a list, once each way as edges and once as what has one distance.
+
+    Parameters
+    ----------
+    first, second : Array
+        Atoms of each pair, int64, shape (n_pairs,).
+    turns : Array
+        Cell vectors from the first to the second atom, float64, shape (3, n_pairs).
+    edges : Array
+        Both directions of all pairs, by i, j and S: int64, shape (2, 2 n_pairs).
+    shifts : Array
+        Their cell vectors, float64, shape (2 n_pairs, 3).
+    pair : Array
+        Which pair each edge belongs to, int32, shape (2 n_pairs,).
+    """
+
+    first: Array
+    second: Array
+    turns: Array
+    edges: Array
+    shifts: Array
+    pair: Array
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def within(self, positions: Array, cell: Array, cutoff: float) -> list[tuple[Array, Array]]:
+        """The edges of structures that are within the cutoff.
+
+        Parameters
+        ----------
+        positions : Array
+            Positions [Angstrom], shape (n_structures, n_atoms, 3).
+        cell : Array
+            The cell of all of them [Angstrom], shape (3, 3).
+        cutoff : float
+            Cutoff radius [Angstrom].
+
+        Returns
+        -------
+        list of (edges, shifts)
+            For each structure, in the order of ``edges``.
+        """
+        # Beads of an atom stand side by side: the arithmetic runs over them.
+        beads = np.ascontiguousarray(positions.transpose(1, 2, 0))
+        t = self.turns
+        # Element by element and in one order, so that a distance does not depend on who asks.
+        across = np.stack(
+            [t[0] * cell[0, k] + t[1] * cell[1, k] + t[2] * cell[2, k] for k in range(3)], axis=1
+        )
+        if library() is None or len(self) >= 1 << 30:
+            return self._by_numpy(beads, across, cutoff * cutoff)
+        return self._by_native(beads, across, cutoff * cutoff)
+
+    def _by_native(self, beads: Array, across: Array, square: float) -> list[tuple[Array, Array]]:
+        count, n_pairs = beads.shape[2], len(self)
+        near = np.empty((count, n_pairs), dtype=np.uint8)
+        room = np.empty((64, count), dtype=np.uint8)
+        arrays = [beads, self.first, self.second, across]
+        library().near_pairs(
+            n_pairs, count, *(a.ctypes.data for a in arrays), square, room.ctypes.data, near.ctypes.data
+        )
+        starts = np.zeros(count + 1, dtype=np.int64)
+        np.cumsum([2 * np.count_nonzero(row) for row in near], out=starts[1:])
+        chosen = np.empty(2 * n_pairs + 1, dtype=np.int32)
+        edges, shifts = np.empty(2 * starts[-1], dtype=np.int64), np.empty((starts[-1], 3))
+        arrays = [self.pair, near, self.edges, self.shifts, starts, chosen, edges, shifts]
+        library().take_edges(2 * n_pairs, n_pairs, count, *(a.ctypes.data for a in arrays))
+        at = starts.tolist()
+        return [
+            (edges[2 * low : 2 * high].reshape(2, high - low), shifts[low:high])
+            for low, high in itertools.pairwise(at)
+        ]
+
+    def _by_numpy(self, beads: Array, across: Array, square: float) -> list[tuple[Array, Array]]:
+        near = np.empty((len(self), beads.shape[2]), dtype=bool)
+        step = max(16, _CHUNK // (3 * beads.shape[2]))
+        for low in range(0, len(self), step):
+            part = slice(low, low + step)
+            apart = beads.take(self.second[part], axis=0)
+            apart -= beads.take(self.first[part], axis=0)
+            apart += across[part, :, None]
+            apart *= apart
+            squares = apart[:, 0]
+            squares += apart[:, 1]
+            squares += apart[:, 2]
+            np.less_equal(squares, square, out=near[part])
+        found = []
+        for within in np.ascontiguousarray(near.T):
+            which = np.flatnonzero(within.take(self.pair))
+            found.append((self.edges.take(which, axis=1), self.shifts.take(which, axis=0)))
+        return found
+
+
+def pairs_between(positions: Array, cell: Array, cutoff: float, reach: Array) -> Pairs:
+    """All pairs no further apart than the cutoff and what both atoms may move, from vesin.
+
+    Parameters
+    ----------
+    positions : Array
+        Positions [Angstrom], wrapped or not, shape (n_atoms, 3).
+    cell : Array
+        Cell vectors as rows [Angstrom], shape (3, 3).
+    cutoff : float
+        Cutoff radius [Angstrom].
+    reach : Array
+        How far each atom may go [Angstrom], shape (n_atoms,).
+    """
+    if not len(positions):
+        i = j = np.empty(0, dtype=np.int64)
+        s = np.empty((0, 3))
+    else:
+        widest = cutoff + 2 * float(reach.max())
+        search = NeighborList(cutoff=widest, full_list=False, n_threads=1)
+        box = without_vacuum(positions, cell, widest)
+        i, j, s, d = search.compute(points=positions, box=box, periodic=True, quantities="ijSd")
+        i, j = i.astype(np.int64), j.astype(np.int64)
+        kept = d <= cutoff + reach[i] + reach[j]
+        i, j, s = i[kept], j[kept], s[kept].astype(np.float64)
+    both = np.concatenate([i, j]), np.concatenate([j, i])
+    shifts = np.concatenate([s, -s]) + 0.0  # no negative zeros
+    order = np.lexsort((shifts[:, 2], shifts[:, 1], shifts[:, 0], both[1], both[0]))
+    return Pairs(
+        first=i,
+        second=j,
+        turns=np.ascontiguousarray(s.T),
+        edges=np.stack([both[0][order], both[1][order]]),
+        shifts=shifts[order],
+        pair=np.tile(np.arange(len(i), dtype=np.int32), 2)[order],
+    )
+
+
+def without_vacuum(positions: Array, cell: Array, cutoff: float) -> Array:
+    """A smaller cell with the same pairs, where atoms have no neighbours in the next cell anyway.
+
+    A grid over a molecule's box of 1000 Angstrom takes a hundred times longer than one over the molecule.
+
+    Parameters
+    ----------
+    positions : Array
+        Positions [Angstrom], shape (n_atoms, 3).
+    cell : Array
+        Cell vectors as rows [Angstrom], shape (3, 3).
+    cutoff : float
+        Cutoff radius [Angstrom].
+    """
+    inverse = np.linalg.inv(cell)
+    # In units of the cell vector: what the atoms take up, and a little more than the cutoff.
+    needed = np.ptp(positions @ inverse, axis=0) + (cutoff + 1.0) * np.linalg.norm(inverse, axis=0)
+    return cell * np.minimum(needed, 1.0)[:, None]
