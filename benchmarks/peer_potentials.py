@@ -1,18 +1,20 @@
 """Makes models of other programs and says what these programs themselves compute with them.
 
-Called by benchmarks/potentials.py and tests/test_peers_potentials.py in that program's environment:
+Called by benchmarks/potentials.py and tests/test_peer_potentials.py in that program's environment:
 
     PYTHON benchmarks/peer_potentials.py deepmd|mace|sevennet|tblite FOLDER
 
-FOLDER/structures.npz has numbers, positions [Angstrom], cells [Angstrom, rows] and offsets of a few structures.
-FOLDER/oracle.npz gets their energy [eV], forces [eV/Angstrom] and virial [eV] by the program's own interface, and
-FOLDER/sources.json the ways in which nnqmd can serve the same model, and the versions.
+FOLDER/structures.npz has numbers, positions [Angstrom], cells [Angstrom, rows] and offsets of some
+structures. FOLDER/oracle.npz gets their energy [eV], forces [eV/Angstrom] and virial [eV] by the
+program's own interface, and FOLDER/sources.json the ways in which nnqmd can serve the same model, and
+the versions.
 
-deepmd    pip install deepmd-kit (see docs/potentials.md), ase. se_e2_a, 300 steps of training on FOLDER/train.npz
-          (energies and forces of the ammonia data set); oracle: DeepPot.eval, one structure at a time.
-mace      pip install mace-torch torch-sim-atomistic ipi. Two layers, 16x0e+16x1o, weights as initialised (seed 1),
-          float64; oracle: MACECalculator, one structure at a time.
-sevennet  pip install sevenn torch-sim-atomistic. SevenNet-0, which its wheel ships; oracle: SevenNetCalculator.
+deepmd    pip install deepmd-kit (see docs/potentials.md), ase. se_e2_a, 300 steps of training on
+          FOLDER/train.npz (energies and forces of the ammonia data set); oracle: DeepPot.eval, one by one.
+mace      pip install mace-torch torch-sim-atomistic ipi. Two layers, 16x0e+16x1o, weights as initialised
+          (seed 1), float64; oracle: MACECalculator, one structure at a time.
+sevennet  pip install sevenn==0.12.1 torch-sim-atomistic==0.3.0. SevenNet-0, which the wheel of sevenn
+          brings; oracle: SevenNetCalculator.
 tblite    pip install tblite ase ipi. GFN2-xTB; oracle: tblite.interface.
 All need numpy and pyzmq besides.
 """
@@ -165,13 +167,23 @@ def mace(folder: Path, frames: list[Frame]) -> tuple[list[tuple], dict[str, str]
     return by_ase(calculator, frames), sources, ["mace-torch", "torch-sim-atomistic", "ipi"]
 
 
+SEVENNET_MAKER = """
+from sevenn.util import model_from_checkpoint, pretrained_name_to_path
+from torch_sim.models.sevennet import SevenNetModel
+
+def maker(device):
+    return SevenNetModel(model_from_checkpoint(pretrained_name_to_path("7net-0"))[0], device=device)
+"""
+
+
 def sevennet(folder: Path, frames: list[Frame]) -> tuple[list[tuple], dict[str, str], list[str]]:
     """The universal model that comes with the program."""
     from sevenn.calculator import SevenNetCalculator
 
+    (folder / "sevennet_maker.py").write_text(SEVENNET_MAKER)
     sources = {
         "ASE": "ase:sevenn.calculator.SevenNetCalculator,model=7net-0",
-        "TorchSim": "torchsim:sevenn.torchsim:SevenNetModel,model=7net-0",
+        "TorchSim": f"torchsim:{folder}/sevennet_maker.py:maker",
     }
     found = by_ase(SevenNetCalculator("7net-0", device="cpu"), frames)
     return found, sources, ["sevenn", "torch-sim-atomistic"]

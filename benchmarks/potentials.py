@@ -2,11 +2,12 @@
 
     python benchmarks/potentials.py --deepmd /envs/deepmd --mace /envs/mace --sevennet /envs/sevennet
 
-For every environment that is named (a folder of a virtual environment or its python; also from NNQMD_DEEPMD_PYTHON
-and so on), the program makes or brings a model and evaluates five structures of ammonia by its own interface
-(benchmarks/peer_potentials.py); then one worker in that environment serves the same model in every way
-that nnqmd knows, and the largest differences are printed: energy [eV], forces [eV/Angstrom], virial [eV], and
-how long the worker took for each structure [ms], in a second call (the first one warms up).
+For every environment that is named (a folder of a virtual environment or its python; also from
+NNQMD_DEEPMD_PYTHON and so on), the program makes or brings a model and evaluates five structures of
+ammonia by its own interface (benchmarks/peer_potentials.py); then one worker in that environment serves
+the same model in every way that nnqmd knows, and the largest differences are printed: energy [eV],
+forces [eV/Angstrom], virial [eV], and how long the worker took for each structure [ms], in a second call
+(the first one warms up).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ PROGRAMS = ("deepmd", "mace", "sevennet", "tblite")
 
 
 def structures_of_ammonia() -> object:
-    """Beads of the 16-atom crystal, one of them out of the cell, and a sheared cell; atoms N H H H N H H H ..."""
+    """Beads of the 16-atom crystal, one of them out of the cell, and a sheared cell."""
     from ase import Atoms
 
     from nnqmd_server.structures import from_ase
@@ -146,8 +147,8 @@ def main() -> None:
             for way, source in told["sources"].items():
                 found = differences(source, python, folder, structures)
                 rows.append({"program": program, "way": way, "versions": versions, **found})
-                numbers = f"{found['energy']:10.1e} {found['forces']:11.1e} {found['virial']:10.1e} {found['ms']:7.1f}"
-                print(f"{program:10} {way:18} {numbers}  {versions}", flush=True)
+                largest = f"{found['energy']:10.1e} {found['forces']:11.1e} {found['virial']:10.1e}"
+                print(f"{program:10} {way:18} {largest} {found['ms']:7.1f}  {versions}", flush=True)
     if options["json"]:
         options["json"].write_text(json.dumps(rows, indent=1))
 

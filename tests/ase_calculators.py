@@ -26,7 +26,7 @@ class Springs(Calculator):
 
 
 class Fails(Springs):
-    """Does not converge where an atom stands beyond x = 100, and gives NaN where one stands beyond y = 100."""
+    """Does not converge where an atom is beyond x = 100, and gives NaN where one is beyond y = 100."""
 
     implemented_properties = (*Springs.implemented_properties, "stress")
 

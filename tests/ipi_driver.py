@@ -1,4 +1,4 @@
-"""A driver as a user writes them for i-PI, of the old kind: not built on i-PI's class, one structure at a time."""
+"""A driver of a user's own for i-PI, of the old kind: not built on i-PI's class, one structure at a time."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""ASE calculators and i-PI's own drivers as potentials; those of other environments: test_peers_potentials.py."""
+"""ASE calculators and i-PI's drivers as potentials; those of other environments: test_peer_potentials.py."""
 
 from __future__ import annotations
 
