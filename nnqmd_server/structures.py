@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nnqmd_server.errors import InputError
+
 if TYPE_CHECKING:
     from ase import Atoms
 
@@ -20,7 +22,7 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Structures:
-    """A ragged batch of periodic structures.
+    """A ragged batch of periodic structures (see :func:`from_ase` for others).
 
     Parameters
     ----------
@@ -105,15 +107,66 @@ def concatenate(parts: Sequence[Structures]) -> Structures:
     )
 
 
+def plain(structures: Structures) -> Structures:
+    """The same structures as arrays that compiled code can read: float64 and int64, native, C-contiguous.
+
+    Arrays that are so already are not copied.
+    """
+    return Structures(
+        np.ascontiguousarray(structures.numbers, dtype=np.int64),
+        np.ascontiguousarray(structures.positions, dtype=np.float64),
+        np.ascontiguousarray(structures.cells, dtype=np.float64),
+        np.ascontiguousarray(structures.offsets, dtype=np.int64),
+    )
+
+
+VACUUM = 50.0
+"""Free space along directions that are not periodic [Angstrom]; wider than any cutoff."""
+
+
 def from_ase(frames: Sequence[Atoms]) -> Structures:
-    """Structures from ASE atoms (all periodic)."""
+    """Structures from ASE atoms.
+
+    Structures are periodic. Directions in which ASE's are not get cell vectors across the periodic ones that
+    leave at least :data:`VACUUM` between images: no atom has a neighbour there, so nothing is approximated.
+
+    Parameters
+    ----------
+    frames : sequence of Atoms
+        Molecules, chains, slabs and crystals, mixed as they come.
+
+    Raises
+    ------
+    InputError
+        A periodic direction has no cell vector, or the periodic cell vectors are parallel.
+    """
     counts = [len(frame) for frame in frames]
     return Structures(
         np.concatenate([frame.numbers for frame in frames]).astype(np.int64),
         np.concatenate([frame.positions for frame in frames]).astype(np.float64),
-        np.array([frame.cell.array for frame in frames], dtype=np.float64),
+        np.array([_whole_cell(f.cell.array, f.pbc, f.positions) for f in frames], dtype=np.float64),
         np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
     )
+
+
+def _whole_cell(cell: Array, periodic: Array, positions: Array) -> Array:
+    """The cell with long vectors in the directions that are not periodic, across those that are."""
+    given = cell[periodic]
+    # Rows of a full orthogonal basis: first those that span the periodic vectors, then those across them.
+    _, lengths, basis = np.linalg.svd(given)
+    if len(given) and lengths.min() < 1e-6:
+        raise InputError(
+            "A structure is periodic in a direction in which its cell has no vector of its own.",
+            "Give the cell, or say in which directions it is periodic (pbc='T T F' in extxyz).",
+        )
+    if periodic.all():
+        return cell
+    whole = np.array(cell)
+    across = basis[len(given) :]
+    # Rounded up, so that the cell stays the same while the atoms move.
+    extents = np.ptp(positions @ across.T, axis=0) if len(positions) else np.zeros(len(across))
+    whole[~periodic] = across * (VACUUM * (np.ceil(extents / VACUUM) + 1))[:, None]
+    return whole
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 
 from nnqmd_server.errors import InputError, ModelError, NnqmdError, ProgramError
-from nnqmd_server.potentials.load import card_of
+from nnqmd_server.potentials.load import card_of, words_of
 from nnqmd_server.potentials.package import file_hash
 
 if TYPE_CHECKING:
@@ -198,11 +198,12 @@ def _hand_out(
     rank: Rank, leaders: MPI.Intracomm, leader: int, source: str, folder: Path | None, name: str
 ) -> str:
     comm = rank.comm
-    data, digest, failure, path = b"", "", "", source
+    file, words = words_of(source)
+    data, digest, failure, path = b"", "", "", file
     if rank.number == 0:
         try:
             if card_of(source) is not None:
-                data = Path(source).read_bytes()
+                data = Path(file).read_bytes()
                 digest = hashlib.sha256(data).hexdigest()
         except (NnqmdError, OSError) as error:
             failure = str(error)
@@ -212,7 +213,7 @@ def _hand_out(
     if not digest:
         return source
     if folder is not None:
-        path = str(folder / name / Path(source).name)
+        path = str(folder / name / Path(file).name)
     if rank.number == leader:
         data = _broadcast(leaders, data)
         failure = _keep(path, data) if leader else ""
@@ -225,7 +226,7 @@ def _hand_out(
     failures = [text for text in tell_all(comm, failure) if text]
     if failures:
         raise ModelError(f"The model could not be handed out: {failures[0]}.", "Set TMPDIR to a local disk.")
-    return path
+    return "@".join([path, *words])
 
 
 def _keep(path: str, content: bytes | str) -> str:

@@ -19,20 +19,16 @@ import numpy as np
 import torch
 from ase.data import atomic_numbers, chemical_symbols
 from nequip.data import AtomicDataDict
-from nequip.model.inference_models import load_compiled_model
-from nequip.model.saved_models.load_utils import load_saved_model
-from nequip.utils.global_state import set_global_state
 
 from nnqmd_server.dipoles import total_dipoles
-from nnqmd_server.errors import InputError, ModelError
+from nnqmd_server.errors import InputError
 from nnqmd_server.potentials import batch
 from nnqmd_server.potentials.base import Card, unknown_elements
 from nnqmd_server.potentials.centres import edges_of
-from nnqmd_server.potentials.compiled import compiled_model
+from nnqmd_server.potentials.forms import load_network
 from nnqmd_server.potentials.neighbours import Lists
-from nnqmd_server.potentials.package import read_card
 from nnqmd_server.potentials.tensors import model_input
-from nnqmd_server.structures import Array, Results, Structures, join
+from nnqmd_server.structures import Array, Results, Structures, join, plain
 
 CENTROID = "wannier_centroid"
 
@@ -126,6 +122,7 @@ class Allegro:
         UnknownElementError, InputError
             See :meth:`evaluate`.
         """
+        structures = plain(structures)
         self._check(structures)
         started = perf_counter()
         lists = self.lists
@@ -292,65 +289,29 @@ class Allegro:
         return tensor.detach().to("cpu", torch.float64).numpy()
 
 
-def load(path: str | Path, device: str = "cpu", compiled: bool = True) -> Allegro:
-    """Load a packaged model.
+def load(
+    path: str | Path, device: str = "cpu", compiled: bool = True, precision: str | None = None
+) -> Allegro:
+    """Load a model of any form.
 
-    A model is code: loading it executes what the package holds.
+    A model is code: loading it executes what the file holds.
 
     Parameters
     ----------
     path : str or Path
-        A ``.nequip.zip`` file.
+        A package, a checkpoint, a compiled model or one deployed by nequip 0.5 or 0.6; see
+        :mod:`nnqmd_server.potentials.package`.
     device : str
         "cpu" or "cuda".
     compiled : bool
         Compile it for this machine (cached); eager when there is no compiler.
+    precision : str, optional
+        "float32", "float64" or "tf32"; as it was trained unless given.
 
     Raises
     ------
     ModelError
-        The file is missing, is not a model, or cannot be loaded.
+        The file is missing, is not a model, cannot be loaded, or cannot have this precision.
     """
-    path = Path(path)
-    card = read_card(path)
-    set_global_state()
-    if compiled:
-        file, form = compiled_model(path, card, device)
-        if file is not None:
-            try:
-                model, claims = load_compiled_model(str(file), device)
-            except Exception as error:  # noqa: BLE001 - what AOTInductor raises for a foreign file is not documented
-                form = f"eager: {file} cannot be loaded ({error!r:.200}); removing it may help"
-            else:
-                _check_claims(path, card, claims)
-                return Allegro(model, card, device, form)
-    else:
-        form = "eager"
-    try:
-        model = load_saved_model(path).to(device).eval()
-    except Exception as error:  # a package runs its own code, and anything may come of it
-        raise ModelError(
-            f"{path} cannot be loaded: {error.__class__.__name__}: {error}.",
-            "Package it again with the nequip of this installation.",
-        ) from error
-    _check_claims(path, card, getattr(model, "metadata", {}))
+    model, card, form = load_network(Path(path), device, compiled, precision)
     return Allegro(model, card, device, form)
-
-
-def _check_claims(path: Path, card: Card, claims: Mapping[str, object]) -> None:
-    """Compare what the network says of itself with what is written beside it in the package.
-
-    Elements in another order, or another cutoff, would give wrong forces without any sign.
-    """
-    types = claims.get("type_names", card.elements)
-    inside = {
-        "elements": tuple(types.split() if isinstance(types, str) else types),
-        "cutoff": float(claims.get("r_max", card.cutoff)),
-        "dtype": str(claims.get("model_dtype", card.dtype)),
-    }
-    for what, found in inside.items():
-        if found != getattr(card, what):
-            raise ModelError(
-                f"{path} is not what it claims: it says {what} {getattr(card, what)}, its network {found}.",
-                "Package it again, or get it from where you trust it; clear the cache of compiled models.",
-            )

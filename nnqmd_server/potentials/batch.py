@@ -5,7 +5,9 @@ Several potentials can run on one batch: what depends on the model, its types, i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -165,3 +167,27 @@ def shortened(part: Part, cutoff: float) -> Part:
         AtomicDataDict.EDGE_CELL_SHIFT_KEY: shifts.index_select(0, near),
     }
     return Part(part.structures, data | fewer)
+
+
+def contraction_modifiers(device: str, dtype: str, available: Sequence[str]) -> list[str]:
+    """Which of nequip's modifiers a model is compiled with: the fastest tensor product that is installed.
+
+    Not run here: there was no GPU. The names are those of nequip-allegro 0.8.3.
+
+    Parameters
+    ----------
+    device : str
+        "cpu" or "cuda".
+    dtype : str
+        "float32" or "float64"; AOTInductor has no cuEquivariance in the latter.
+    available : sequence of str
+        Modifiers that the model says it has.
+    """
+    if device != "cuda":
+        return []
+    wanted = []
+    if dtype == "float32" and find_spec("cuequivariance_torch"):
+        wanted.append("enable_CuEquivarianceContracter")
+    if find_spec("triton"):
+        wanted.append("enable_TritonContracter")
+    return [name for name in wanted if name in available][:1]

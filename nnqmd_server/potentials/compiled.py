@@ -1,4 +1,4 @@
-"""The compiled form of a packaged model, made on the machine that runs it and kept in a cache."""
+"""The compiled form of a package or checkpoint, made on the machine that runs it and kept in a cache."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
 
 from nnqmd_server.potentials.base import Card
+from nnqmd_server.potentials.package import form_of, read_card
 
 COMPILE_TIMEOUT = 1200.0
 """Longest wait for one compilation [s]."""
@@ -42,15 +44,25 @@ def _hardware(device: str) -> str:
     return f"cpu-{torch.backends.cpu.get_cpu_capability().lower()}"
 
 
+def _key(path: Path, card: Card, device: str) -> str:
+    """Everything that decides what comes out of the compiler."""
+    parts = [card.sha256[:16], f"torch{torch.__version__.split('+')[0]}", _hardware(device)]
+    if card.dtype != read_card(path).dtype:
+        parts.append(card.dtype)
+    if form_of(path) == "checkpoint":  # a package brings its own
+        parts.append(f"nequip{version('nequip')}-allegro{version('nequip-allegro')}")
+    return "-".join(parts)
+
+
 def compiled_model(path: Path, card: Card, device: str) -> tuple[Path | None, str]:
-    """Compile a packaged model for this machine, or find it compiled already.
+    """Compile a package or checkpoint for this machine, or find it compiled already.
 
     Parameters
     ----------
     path : Path
-        The packaged model.
+        The file.
     card : Card
-        Its card.
+        Its card, with the precision that is wanted.
     device : str
         "cpu" or "cuda".
 
@@ -69,7 +81,7 @@ def compiled_model(path: Path, card: Card, device: str) -> tuple[Path | None, st
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         return None, f"eager: the cache folder cannot be made ({error}); set NNQMD_CACHE to a writable one"
-    key = f"{card.sha256[:16]}-torch{torch.__version__.split('+')[0]}-{_hardware(device)}"
+    key = _key(path, card, device)
     target = folder / f"{key}.nequip.pt2"
     if target.is_file():
         return target, f"compiled for {device} (cached)"
@@ -88,9 +100,8 @@ def compiled_model(path: Path, card: Card, device: str) -> tuple[Path | None, st
 def _compile(path: Path, card: Card, device: str, target: Path) -> tuple[Path | None, str]:
     log = target.with_name(target.name.replace(".nequip.pt2", ".log"))
     draft = target.with_name(f"draft-{os.getpid()}-{target.name}")
-    aim = "nnqmd_batch" if "wannier_centroid" in card.properties else "batch"
-    command = [sys.executable, "-m", "nequip.scripts.compile", str(path), str(draft)]
-    command += ["--mode", "aotinductor", "--device", device, "--target", aim]
+    command = [sys.executable, "-m", "nnqmd_server.potentials.aot", str(path), str(draft)]
+    command += ["--device", device, "--precision", card.dtype]
     # The number of threads is compiled in; the workers of a machine share its cores with one each.
     settings = {**os.environ, "OMP_NUM_THREADS": "1"}
     try:

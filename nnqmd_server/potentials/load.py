@@ -1,4 +1,7 @@
-"""From what a user writes on the command line to a potential: ``[NAME=]SOURCE``. Light: no torch here."""
+"""From what a user writes on the command line to a potential: ``[NAME=]SOURCE``. Light: no torch here.
+
+A source is a model file or a Python callable, and may be followed by words: ``model.nequip.zip@float64``.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,12 @@ from types import ModuleType
 from nnqmd_server.errors import InputError, ModelError
 from nnqmd_server.potentials import sources
 from nnqmd_server.potentials.base import Card, Potential
-from nnqmd_server.potentials.package import PACKAGE_SUFFIX, file_hash, read_card
+from nnqmd_server.potentials.package import PRECISIONS, file_hash, with_precision
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _PYTHON = re.compile(r"(?P<module>[\w.]+|.+\.py):(?P<maker>[A-Za-z_]\w*)")
+
+_SUFFIXES = (".nequip.zip", ".nequip.pt2", ".nequip.pth", ".ckpt", ".pt2", ".pth")
 
 
 def parse_models(texts: Iterable[str]) -> dict[str, str]:
@@ -26,9 +31,9 @@ def parse_models(texts: Iterable[str]) -> dict[str, str]:
     Parameters
     ----------
     texts : iterable of str
-        ``SOURCE`` or ``NAME=SOURCE``; a source is a packaged model, or ``module:maker`` or
+        ``SOURCE`` or ``NAME=SOURCE``; a source is a model file, or ``module:maker`` or
         ``file.py:maker`` for a Python callable that takes the device and returns a potential; see
-        :func:`interpreter_of` for what may follow it.
+        :func:`words_of` and :func:`interpreter_of` for what may follow it.
         Without a name a file goes by its own, without the ending, and a callable by its.
 
     Raises
@@ -41,7 +46,7 @@ def parse_models(texts: Iterable[str]) -> dict[str, str]:
         head, equals, rest = text.partition("=")
         named = bool(equals) and _NAME.fullmatch(head) is not None
         source = rest if named else text
-        interpreter_of(source)  # one that is not there is found now
+        words_of(source)  # a word or an interpreter that is none is found now
         name = head if named else own_name(source)
         if not _NAME.fullmatch(name):
             raise InputError(
@@ -86,13 +91,51 @@ def interpreter_of(source: str) -> tuple[str, str | None]:
     return head, os.path.abspath(path)  # noqa: PTH100
 
 
+def words_of(source: str) -> tuple[str, tuple[str, ...]]:
+    """A source without what follows it, and the words among that.
+
+    Parameters
+    ----------
+    source : str
+        ``FILE@float64``, ``FILE@float32`` or ``FILE@tf32`` for a model that is to compute in another
+        precision than it was trained in; an interpreter, see :func:`interpreter_of`, may follow.
+
+    Raises
+    ------
+    InputError
+        A word is unknown, or follows a Python callable; or there is no such interpreter.
+    """
+    source, _ = interpreter_of(source)
+    words: list[str] = []
+    while not Path(source).is_file():
+        head, at, tail = source.rpartition("@")
+        if not at or "/" in tail:
+            break
+        if tail not in PRECISIONS or words:
+            raise InputError(
+                f"{'@'.join([tail, *words])} is not a precision.",
+                f"After @ give one of {', '.join(PRECISIONS)}: full=model.nequip.zip@float64.",
+            )
+        words.insert(0, tail)
+        source = head
+    if words and _PYTHON.fullmatch(source):
+        raise InputError(
+            f"{source} is Python code, which chooses its precision itself.", f"Leave out @{words[0]}."
+        )
+    return source, tuple(words)
+
+
 def own_name(source: str) -> str:
     """The name of a source that was given none."""
-    source, _ = interpreter_of(source)
-    if sources.is_prefixed(source):
-        return sources.own_name(source)
+    bare, _ = interpreter_of(source)
+    if sources.is_prefixed(bare):
+        return sources.own_name(bare)
+    source, _ = words_of(source)
     python = _PYTHON.fullmatch(source)
-    return python["maker"] if python else Path(source).name.removesuffix(PACKAGE_SUFFIX)
+    if python:
+        return python["maker"]
+    name = Path(source).name
+    return next((name.removesuffix(end) for end in _SUFFIXES if name.endswith(end)), name)
 
 
 def card_of(source: str) -> Card | None:
@@ -103,20 +146,22 @@ def card_of(source: str) -> Card | None:
     ModelError
         It is neither.
     """
-    source, _ = interpreter_of(source)
-    if sources.is_prefixed(source):
-        return sources.card_of(source, card_of)
-    return None if _PYTHON.fullmatch(source) else read_card(source)
+    bare, _ = interpreter_of(source)
+    if sources.is_prefixed(bare):
+        return sources.card_of(bare, card_of)
+    source, words = words_of(source)
+    return None if _PYTHON.fullmatch(source) else with_precision(source, *(words or (None,)))
 
 
 def absolute(source: str) -> str:
     """The same source, without its interpreter, for a process that was started in another folder."""
-    source, _ = interpreter_of(source)
-    if sources.is_prefixed(source):
-        return sources.absolute(source, absolute)
+    bare, _ = interpreter_of(source)
+    if sources.is_prefixed(bare):
+        return sources.absolute(bare, absolute)
+    source, words = words_of(source)
     python = _PYTHON.fullmatch(source)
     if python is None:
-        return str(Path(source).resolve())
+        return "@".join([str(Path(source).resolve()), *words])
     if not python["module"].endswith(".py"):
         return source
     return f"{Path(python['module']).resolve()}:{python['maker']}"
@@ -130,9 +175,10 @@ def source_hash(source: str) -> str:
     ModelError
         The file cannot be read.
     """
-    source, _ = interpreter_of(source)
-    if sources.is_prefixed(source):
-        return sources.source_hash(source, source_hash)
+    bare, _ = interpreter_of(source)
+    if sources.is_prefixed(bare):
+        return sources.source_hash(bare, source_hash)
+    source, _ = words_of(source)
     python = _PYTHON.fullmatch(source)
     if python is not None and not python["module"].endswith(".py"):
         return ""
@@ -190,13 +236,15 @@ def load(source: str, device: str = "cpu", compiled: bool = True) -> Potential:
     ModelError
         It is missing, is not what it claims, or cannot be loaded.
     """
-    if sources.is_prefixed(source):
-        return _load_prefixed(source, device, compiled)
+    bare, _ = interpreter_of(source)
+    if sources.is_prefixed(bare):
+        return _load_prefixed(bare, device, compiled)
+    source, words = words_of(source)
     python = _PYTHON.fullmatch(source)
     if python is None:
         from nnqmd_server.potentials.allegro import load as load_allegro
 
-        return load_allegro(source, device, compiled)
+        return load_allegro(source, device, compiled, *words)
     try:
         maker = getattr(_module(python["module"]), python["maker"])
         return maker(device)

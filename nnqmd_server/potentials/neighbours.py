@@ -35,8 +35,9 @@ from vesin import NeighborList
 from nnqmd_server.potentials.pairs import Pairs, pairs_between
 from nnqmd_server.structures import Array, Structures
 
-SKIN = 1.0
-"""How much two atoms may come closer, together, before a list is made anew [Angstrom]."""
+SKIN = 1.4
+"""How much closer two atoms may come before a list is made anew [Angstrom]; of beads half of it, since they
+explore together what their spread says. Both are the cheapest for ammonia at 100 K: docs/evaluation.md."""
 
 WIDEST = 0.35
 """Largest b_i, as a part of the cutoff: beads further apart than that have lists of their own."""
@@ -130,7 +131,8 @@ class Lists:
     cutoff : float
         Cutoff radius [Angstrom].
     skin : float
-        How much two atoms may come closer before a list is made anew [Angstrom]; 0 keeps none.
+        How much closer two atoms may come before a list is made anew [Angstrom], half of it for beads; 0
+        keeps none.
     """
 
     def __init__(self, cutoff: float, skin: float = SKIN) -> None:
@@ -179,8 +181,10 @@ class Lists:
         found = []
         for first, last in _runs(structures):
             cell = structures.cells[first]
-            positions = structures[first:last].positions.reshape(last - first, -1, 3)
             numbers = structures.numbers[structures.atoms_of(first)]
+            if not len(numbers):
+                continue
+            positions = structures[first:last].positions.reshape(last - first, len(numbers), 3)
             found += [(first + which, cell, one) for which, one in self._lists_for(numbers, positions, cell)]
         return found
 
@@ -202,7 +206,8 @@ class Lists:
         while len(pending):
             members, reach = self._group(numbers, positions[pending])
             keep = self.skin > 0 and kind.worth_keeping()
-            one = self._make(positions[pending[members]].mean(axis=0), cell, reach + keep * self.skin / 2)
+            margin = keep * self.skin / (2 if len(members) == 1 else 4)
+            one = self._make(positions[pending[members]].mean(axis=0), cell, reach + margin)
             kind.made += 1
             kind.used_again += len(members) - 1
             chosen.append((pending[members], one))
@@ -220,7 +225,7 @@ class Lists:
         Beads explore what their neighbours explore: atoms of one element are given the largest spread among
         them.
         """
-        widest = WIDEST * self.cutoff - self.skin / 2
+        widest = WIDEST * self.cutoff - self.skin / 4
         near = np.flatnonzero(_distances(positions, positions[0]).max(axis=1) <= 2 * widest)
         for _ in range(3):  # those far from the centre move it: once they are out it moves again
             if len(near) <= 1:
@@ -267,7 +272,7 @@ def _runs(structures: Structures) -> Sequence[tuple[int, int]]:
     differ = np.ones(count, dtype=bool)
     differ[1:] = (sizes[1:] != sizes[:-1]) | (structures.cells[1:] != structures.cells[:-1]).any(axis=(1, 2))
     if (sizes == sizes[0]).all():
-        numbers = structures.numbers.reshape(count, -1)
+        numbers = structures.numbers.reshape(count, sizes[0])
         differ[1:] |= (numbers[1:] != numbers[:-1]).any(axis=1)
     else:
         for k in np.flatnonzero(~differ):

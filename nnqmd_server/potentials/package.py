@@ -1,21 +1,59 @@
-"""What stands in a packaged model (``.nequip.zip``), read without executing any of it."""
+"""What stands in a model file, read without executing any of it, and without torch.
+
+All forms are zip files; which of them a file is, its contents tell:
+
+- a package (``.nequip.zip``) of ``nequip-package``: configuration and metadata as text;
+- a checkpoint (``.ckpt``) of ``nequip-train``: a pickle, of which only the plain data are read;
+- a compiled model (``.nequip.pt2``) of ``nequip-compile``: metadata as JSON;
+- TorchScript (``.pth``) of ``nequip-deploy``, nequip 0.5 and 0.6: metadata as text.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import io
+import json
+import pickle
 import zipfile
 import zlib
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from nnqmd_server.errors import ModelError
 from nnqmd_server.potentials.base import Card
 
 PACKAGE_SUFFIX = ".nequip.zip"
 
+FORMS = {
+    "package": "packaged model (.nequip.zip)",
+    "checkpoint": "checkpoint of nequip-train (.ckpt)",
+    "compiled": "compiled by AOTInductor (.nequip.pt2)",
+    "torchscript": "TorchScript of nequip-deploy (.pth)",
+}
+"""The forms of a model file, in words."""
+
+PRECISIONS = ("float32", "float64", "tf32")
+"""What a network can compute in; TF32 is float32 with products of 10 bits, on NVIDIA GPUs."""
+
+CARD_KEY = "nnqmd_card"
+"""Under which a model that we compiled carries what nequip's metadata have no place for."""
+
+_WANTED = (
+    "Give a packaged model (.nequip.zip), as `nnqmd train` or `nequip-package build` writes it, a checkpoint"
+    " (.ckpt), a compiled model (.nequip.pt2), or one deployed by nequip 0.5 or 0.6 (.pth)."
+)
+
 _MAX_TEXT = 1 << 20
+_MAX_PICKLE = 1 << 26
 
 # Allegro passes no messages between atoms; other nequip models do.
 _STRICTLY_LOCAL = {"allegro.model.AllegroModel", "nnqmd_server.networks.allegro_wannier.AllegroWannier"}
+
+_TARGETED = {"pos", "edge_index", "atom_types", "cell", "edge_cell_shift", "batch", "num_atoms"}
+"""What we hand to a compiled model."""
 
 
 def file_hash(path: Path) -> str:
@@ -24,51 +62,381 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _member(archive: zipfile.ZipFile, ending: str) -> str | None:
-    return next((name for name in archive.namelist() if name.endswith(ending)), None)
-
-
-def read_card(path: str | Path) -> Card:
-    """Read what a packaged model says of itself; nothing in it is executed.
+def form_of(path: str | Path) -> str:
+    """Which of :data:`FORMS` a file has, by its contents.
 
     Raises
     ------
     ModelError
-        The file is missing or is not a packaged model.
+        The file is missing, or has none of them.
     """
+    path = Path(path)
+    with _opened(path) as archive:
+        return _form(path, archive)
+
+
+def read_card(path: str | Path) -> Card:
+    """Read what a model file says of itself; nothing in it is executed.
+
+    Raises
+    ------
+    ModelError
+        The file is missing or is not a model.
+    """
+    path = Path(path)
+    with _opened(path) as archive:
+        form = _form(path, archive)
+        try:
+            return _READERS[form](path, archive)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            what = FORMS[form].partition(" (")[0]
+            raise ModelError(f"{path} lacks an entry of a {what}: {error}.", _WANTED) from error
+
+
+def with_precision(path: str | Path, precision: str | None) -> Card:
+    """The card of a model that is to run in another precision than it was trained in.
+
+    Parameters
+    ----------
+    path : str or Path
+        The model file.
+    precision : str or None
+        One of :data:`PRECISIONS`; None leaves it as it is.
+
+    Raises
+    ------
+    ModelError
+        See :func:`read_card`; or the precision is unknown, or fixed in a file of this form.
+    """
+    card = read_card(path)
+    if precision is None or precision == card.dtype:
+        return card
+    if precision not in PRECISIONS:
+        raise ModelError(f"There is no precision {precision!r}.", f"Choose one of {', '.join(PRECISIONS)}.")
+    form = form_of(path)
+    if form not in {"package", "checkpoint"}:
+        raise ModelError(
+            f"{path} is {FORMS[form]}: its precision is {card.dtype} and cannot be changed.",
+            "Give the package or the checkpoint that it was made from.",
+        )
+    return replace(card, dtype=precision)
+
+
+def model_config(path: str | Path) -> dict[str, Any]:
+    """How the network of a package or checkpoint is built: nequip's ``training_module.model``.
+
+    Raises
+    ------
+    ModelError
+        See :func:`read_card`.
+    """
+    path = Path(path)
+    with _opened(path) as archive:
+        if _form(path, archive) == "checkpoint":
+            return _checkpoint_config(path, archive)
+        return _package_texts(path, archive)[0]["training_module"]["model"]
+
+
+def torchscript_texts(path: str | Path) -> dict[str, str]:
+    """The metadata of a deployed model: ``r_max``, ``type_names``, ``config`` and others.
+
+    Raises
+    ------
+    ModelError
+        See :func:`read_card`.
+    """
+    with _opened(Path(path)) as archive:
+        return _extras(archive)
+
+
+def compiled_texts(path: str | Path) -> dict[str, str]:
+    """The metadata of a compiled model: nequip's and those of AOTInductor.
+
+    Raises
+    ------
+    ModelError
+        See :func:`read_card`.
+    """
+    with _opened(Path(path)) as archive:
+        return _metadata(archive)
+
+
+class _opened:  # noqa: N801 - used like a function
+    """A zip file whose errors are told in words."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise ModelError(f"There is no model file {path}.", _WANTED)
+        self._path = path
+
+    def __enter__(self) -> zipfile.ZipFile:
+        try:
+            self._archive = zipfile.ZipFile(self._path)
+        except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+            raise self._told(error) from error
+        return self._archive
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        self._archive.close()
+        if error is not None and not isinstance(error, ModelError) and isinstance(error, _UNREADABLE):
+            raise self._told(error) from error
+
+    def _told(self, error: BaseException) -> ModelError:
+        with self._path.open("rb") as file:
+            head = file.read(2)
+        if head[:1] == b"\x80":
+            return ModelError(
+                f"{self._path} is a pickle, which could execute anything when it is read; it was not read.",
+                _WANTED,
+            )
+        return ModelError(f"{self._path} is not a model: {error}.", _WANTED)
+
+
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    UnicodeDecodeError,
+    NotImplementedError,
+    RecursionError,
+    RuntimeError,  # an encrypted member
+    zipfile.BadZipFile,
+    zlib.error,
+    pickle.UnpicklingError,
+    json.JSONDecodeError,
+)
+
+
+def _form(path: Path, archive: zipfile.ZipFile) -> str:
+    # Every form stands in one folder, whose name is arbitrary.
+    inside = {name.partition("/")[2] for name in archive.namelist()}
+    if "data/aotinductor" in {"/".join(name.split("/")[:2]) for name in inside}:
+        return "compiled"
+    if "constants.pkl" in inside and any(name.startswith("code/") for name in inside):
+        if {"extra/r_max", "extra/type_names"} <= inside:
+            return "torchscript"
+        raise ModelError(
+            f"{path} is TorchScript, but not of nequip-deploy.",
+            "A model of another program (DeePMD, MACE) is served through an adapter, see docs/potentials.md.",
+        )
+    if _member(archive, "model/config.yaml") and _member(archive, "model/package_metadata.txt"):
+        return "package"
+    if "data.pkl" in inside:
+        found = _globals_of(path, archive)
+        if found - _PLAIN:
+            names = ", ".join(sorted(found - _PLAIN)[:5])
+            raise ModelError(
+                f"{path} is a pickle that would call {names} when it is loaded; it was not loaded.", _WANTED
+            )
+        if isinstance(_unpickled(path, archive), Mapping):
+            return "checkpoint"
+    raise ModelError(f"{path} is a zip file but not a packaged model.", _WANTED)
+
+
+def _member(archive: zipfile.ZipFile, ending: str) -> str | None:
+    return next((name for name in archive.namelist() if name.endswith(f"/{ending}")), None)
+
+
+def _text(archive: zipfile.ZipFile, name: str) -> bytes:
+    if archive.getinfo(name).file_size > _MAX_TEXT:
+        raise zipfile.BadZipFile(f"its {name} is too long")
+    return archive.read(name)
+
+
+# --- packages ---
+
+
+def _package_texts(path: Path, archive: zipfile.ZipFile) -> tuple[Any, Any]:
     import yaml  # here: a worker of a foreign interpreter may lack it, and reads no packages
 
-    path = Path(path)
-    wanted = "Give a packaged model (.nequip.zip), as `nnqmd train` or `nequip-package build` writes it."
-    if not path.is_file():
-        raise ModelError(f"There is no model file {path}.", wanted)
     try:
-        with zipfile.ZipFile(path) as archive:
-            config_name = _member(archive, "/model/config.yaml")
-            metadata_name = _member(archive, "/model/package_metadata.txt")
-            if config_name is None or metadata_name is None:
-                raise ModelError(f"{path} is a zip file but not a packaged model.", wanted)
-            for name in (config_name, metadata_name):
-                if archive.getinfo(name).file_size > _MAX_TEXT:
-                    raise ModelError(f"{path} is not a model: its {name} is too long.", wanted)
-            config = yaml.safe_load(archive.read(config_name))
-            metadata = yaml.safe_load(archive.read(metadata_name))
-    except (OSError, zipfile.BadZipFile, zlib.error, RecursionError, yaml.YAMLError) as error:
-        raise ModelError(f"{path} is not a model: {error}.", wanted) from error
-    try:
-        model = config["training_module"]["model"]
-        elements = tuple(metadata["atom_types"][k] for k in sorted(metadata["atom_types"]))
-        carriers = model.get("carriers")
-        return Card(
-            name=path.name,
-            sha256=file_hash(path),
-            elements=elements,
-            cutoff=float(model["r_max"]),
-            dtype=str(model["model_dtype"]),
-            properties=("wannier_centroid", "dipole") if carriers else (),
-            ion_charges=model.get("ion_charges") if carriers else None,
-            carriers=carriers,
-            strictly_local=model.get("_target_") in _STRICTLY_LOCAL,
+        return tuple(
+            yaml.safe_load(_text(archive, _member(archive, name) or ""))
+            for name in ("model/config.yaml", "model/package_metadata.txt")
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{path} lacks an entry of a packaged model: {error}.", wanted) from error
+    except yaml.YAMLError as error:
+        raise ModelError(f"{path} is not a model: {error}.", _WANTED) from error
+
+
+def _of_package(path: Path, archive: zipfile.ZipFile) -> Card:
+    config, metadata = _package_texts(path, archive)
+    elements = tuple(metadata["atom_types"][k] for k in sorted(metadata["atom_types"]))
+    return _of_config(path, config["training_module"]["model"], elements)
+
+
+def _of_config(path: Path, model: Mapping[str, Any], elements: tuple[str, ...]) -> Card:
+    carriers = model.get("carriers")
+    return Card(
+        name=path.name,
+        sha256=file_hash(path),
+        elements=elements,
+        cutoff=float(model["r_max"]),
+        dtype=str(model["model_dtype"]),
+        properties=("wannier_centroid", "dipole") if carriers else (),
+        ion_charges=model.get("ion_charges") if carriers else None,
+        carriers=carriers,
+        strictly_local=model.get("_target_") in _STRICTLY_LOCAL,
+    )
+
+
+# --- checkpoints ---
+
+_PLAIN = {
+    "collections.OrderedDict",
+    "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_parameter",
+    "torch.Size",
+    *(
+        f"torch.{kind}Storage"
+        for kind in (
+            *("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool"),
+            "Untyped",
+        )
+    ),
+}
+"""What the pickle of a checkpoint may name: tensors, numbers, texts and containers of them."""
+
+
+class _Blank:
+    """Stands where a tensor was."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __setstate__(self, state: object) -> None: ...
+
+
+class _Reader(pickle.Unpickler):
+    """Reads plain containers; what else a pickle names becomes a blank: nothing is imported or called."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.named: set[str] = set()
+
+    def find_class(self, module: str, name: str) -> type:
+        self.named.add(f"{module}.{name}")
+        return OrderedDict if (module, name) == ("collections", "OrderedDict") else _Blank
+
+    def persistent_load(self, pid: object) -> _Blank:
+        # The kind of a storage stands in its identity.
+        return _Blank()
+
+
+def _read_pickle(path: Path, archive: zipfile.ZipFile) -> tuple[Any, set[str]]:
+    name = next(n for n in archive.namelist() if n.partition("/")[2] == "data.pkl")
+    if archive.getinfo(name).file_size > _MAX_PICKLE:
+        raise ModelError(f"{path} is not a checkpoint: its pickle is too long.", _WANTED)
+    reader = _Reader(io.BytesIO(archive.read(name)))
+    try:
+        return reader.load(), reader.named
+    except (TypeError, ValueError, AttributeError, IndexError, KeyError, MemoryError) as error:
+        if reader.named - _PLAIN:  # a blank cannot do what the named thing can
+            return None, reader.named
+        raise pickle.UnpicklingError(f"its pickle cannot be read ({error})") from error
+
+
+def _globals_of(path: Path, archive: zipfile.ZipFile) -> set[str]:
+    return _read_pickle(path, archive)[1]
+
+
+def _unpickled(path: Path, archive: zipfile.ZipFile) -> Any:
+    return _read_pickle(path, archive)[0]
+
+
+def _checkpoint_config(path: Path, archive: zipfile.ZipFile) -> dict[str, Any]:
+    content = _unpickled(path, archive)
+    try:
+        return content["hyper_parameters"]["info_dict"]["training_module"]["model"]
+    except (KeyError, TypeError) as error:
+        old = "config" in content or "model_builders" in content
+        raise ModelError(
+            f"{path} is not a checkpoint of nequip 0.7 or newer: it lacks {error}.",
+            "nequip-deploy of the version that made it gives a .pth that can be used." if old else _WANTED,
+        ) from error
+
+
+def _of_checkpoint(path: Path, archive: zipfile.ZipFile) -> Card:
+    model = _checkpoint_config(path, archive)
+    if "type_names" not in model:
+        raise ModelError(
+            f"{path} continues the training of another model file and cannot be used without it.",
+            "Package it where it was trained: nequip-package build FILE.ckpt FILE.nequip.zip.",
+        )
+    return _of_config(path, model, tuple(model["type_names"]))
+
+
+# --- compiled models ---
+
+
+def _metadata(archive: zipfile.ZipFile) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in archive.namelist():
+        if "/data/aotinductor/" in name and name.endswith("_metadata.json"):
+            found |= json.loads(_text(archive, name))
+    return found
+
+
+def _of_compiled(path: Path, archive: zipfile.ZipFile) -> Card:
+    texts = _metadata(archive)
+    if "type_names" not in texts:
+        raise ModelError(
+            f"{path} was compiled by AOTInductor, but not by nequip-compile.",
+            "Compile it with nequip-compile --mode aotinductor --target batch.",
+        )
+    needs = set(texts.get("nequip_aoti_inputs", "").split())
+    gives = texts.get("nequip_aoti_outputs", "").split()
+    if needs != _TARGETED or not {"total_energy", "forces", "stress"} <= set(gives):
+        raise ModelError(
+            f"{path} was not compiled for batches: it takes {' '.join(sorted(needs)) or 'unknown input'}.",
+            "Compile it with --target batch, or give the package: it is compiled where it runs.",
+        )
+    said = json.loads(texts.get(CARD_KEY, "{}"))
+    carriers = said.get("carriers") if "wannier_centroid" in gives else None
+    properties = ("wannier_centroid",) if "wannier_centroid" in gives else ()
+    return Card(
+        name=path.name,
+        sha256=file_hash(path),
+        elements=tuple(texts["type_names"].split()),
+        cutoff=float(texts["r_max"]),
+        dtype="tf32" if texts.get("allow_tf32") == "1" else str(texts["model_dtype"]),
+        properties=(*properties, "dipole") if carriers else properties,
+        ion_charges=said.get("ion_charges") if carriers else None,
+        carriers=carriers,
+        strictly_local=bool(said.get("strictly_local", False)),
+    )
+
+
+# --- TorchScript ---
+
+
+def _extras(archive: zipfile.ZipFile) -> dict[str, str]:
+    found = {}
+    for name in archive.namelist():
+        folder, _, key = name.partition("/")[2].rpartition("/")
+        if folder == "extra":
+            found[key] = _text(archive, name).decode("utf-8")
+    return found
+
+
+def _of_torchscript(path: Path, archive: zipfile.ZipFile) -> Card:
+    texts = _extras(archive)
+    if "n_species" not in texts:
+        raise ModelError(
+            f"{path} is TorchScript of nequip 0.7 or newer, which is not supported.",
+            "Give the package or the checkpoint that it was made from.",
+        )
+    return Card(
+        name=path.name,
+        sha256=file_hash(path),
+        elements=tuple(texts["type_names"].split()),
+        cutoff=float(texts["r_max"]),
+        # nequip 0.5 did not say it, and had float32 unless told otherwise.
+        dtype=texts.get("model_dtype") or texts.get("default_dtype") or "float32",
+        strictly_local="allegro.model" in texts.get("config", ""),
+    )
+
+
+_READERS = {
+    "package": _of_package,
+    "checkpoint": _of_checkpoint,
+    "compiled": _of_compiled,
+    "torchscript": _of_torchscript,
+}

@@ -1,6 +1,7 @@
 /* Which pairs of a neighbour list are within the cutoff: what pairs.py does with numpy, in one pass.
    Compiled without fused multiply-add, so that both give the same bits. */
 #include <stdint.h>
+#include <string.h>
 
 enum { BLOCK = 64 };
 
@@ -9,6 +10,14 @@ void near_pairs(int64_t n_pairs, int64_t count, const double *restrict beads, co
                 const int64_t *restrict second, const double *restrict across, double square,
                 uint8_t *restrict room, uint8_t *restrict near)
 {
+    if (count == 1) { /* one structure: the arithmetic runs over the pairs */
+        for (int64_t q = 0; q < n_pairs; q++) {
+            const double *a = beads + 3 * first[q], *b = beads + 3 * second[q], *t = across + 3 * q;
+            double x = b[0] - a[0] + t[0], y = b[1] - a[1] + t[1], z = b[2] - a[2] + t[2];
+            near[q] = x * x + y * y + z * z <= square;
+        }
+        return;
+    }
     for (int64_t low = 0; low < n_pairs; low += BLOCK) {
         int64_t many = n_pairs - low < BLOCK ? n_pairs - low : BLOCK;
         for (int64_t q = 0; q < many; q++) {
@@ -49,7 +58,6 @@ void take_edges(int64_t n_edges, int64_t n_pairs, int64_t count, const int32_t *
             j[q] = edges[n_edges + chosen[q]];
         }
         for (int64_t q = 0; q < many; q++)
-            for (int64_t c = 0; c < 3; c++)
-                s[3 * q + c] = shifts[3 * chosen[q] + c];
+            memcpy(s + 3 * q, shifts + 3 * (int64_t)chosen[q], 3 * sizeof(double));
     }
 }

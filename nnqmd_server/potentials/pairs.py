@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from vesin import NeighborList
@@ -14,7 +14,7 @@ from nnqmd_server.structures import Array
 _CHUNK = 12_000  # coordinates of pairs at once: they stay in the cache
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pairs:
     """Pairs (i, j, S) of a list, once each way as edges and once as what has one distance.
 
@@ -38,6 +38,7 @@ class Pairs:
     edges: Array
     shifts: Array
     pair: Array
+    _last: tuple[Array, Array] | None = field(default=None, init=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.first)
@@ -61,14 +62,19 @@ class Pairs:
         """
         # Beads of an atom stand side by side: the arithmetic runs over them.
         beads = np.ascontiguousarray(positions.transpose(1, 2, 0))
-        t = self.turns
-        # Element by element and in one order, so that a distance does not depend on who asks.
-        across = np.stack(
-            [t[0] * cell[0, k] + t[1] * cell[1, k] + t[2] * cell[2, k] for k in range(3)], axis=1
-        )
+        across = self._across(cell)
         if library() is None or len(self) >= 1 << 30:
             return self._by_numpy(beads, across, cutoff * cutoff)
         return self._by_native(beads, across, cutoff * cutoff)
+
+    def _across(self, cell: Array) -> Array:
+        """The vectors of the turns, shape (n_pairs, 3); kept, since cells seldom change."""
+        if self._last is None or not np.array_equal(self._last[0], cell):
+            t = self.turns
+            # Element by element and in one order, so that a distance does not depend on who asks.
+            across = [t[0] * cell[0, k] + t[1] * cell[1, k] + t[2] * cell[2, k] for k in range(3)]
+            self._last = cell.copy(), np.stack(across, axis=1)
+        return self._last[1]
 
     def _by_native(self, beads: Array, across: Array, square: float) -> list[tuple[Array, Array]]:
         count, n_pairs = beads.shape[2], len(self)
@@ -137,7 +143,7 @@ def pairs_between(positions: Array, cell: Array, cutoff: float, reach: Array) ->
         i, j, s = i[kept], j[kept], s[kept].astype(np.float64)
     both = np.concatenate([i, j]), np.concatenate([j, i])
     shifts = np.concatenate([s, -s]) + 0.0  # no negative zeros
-    order = np.lexsort((shifts[:, 2], shifts[:, 1], shifts[:, 0], both[1], both[0]))
+    order = _order(both[0], both[1], shifts, len(positions))
     return Pairs(
         first=i,
         second=j,
@@ -146,6 +152,19 @@ def pairs_between(positions: Array, cell: Array, cutoff: float, reach: Array) ->
         shifts=shifts[order],
         pair=np.tile(np.arange(len(i), dtype=np.int32), 2)[order],
     )
+
+
+def _order(i: Array, j: Array, shifts: Array, n_atoms: int) -> Array:
+    """By i, then j, then shift."""
+    low, high = shifts.min(axis=0, initial=0), shifts.max(axis=0, initial=0)
+    wide = (high - low + 1).tolist()
+    if n_atoms * n_atoms * wide[0] * wide[1] * wide[2] >= 2.0**62:  # atoms have drifted very far
+        return np.lexsort((shifts[:, 2], shifts[:, 1], shifts[:, 0], j, i))
+    s = (shifts - low).astype(np.int64)
+    key = i * n_atoms + j
+    for k in range(3):
+        key = key * int(wide[k]) + s[:, k]
+    return np.argsort(key)
 
 
 def without_vacuum(positions: Array, cell: Array, cutoff: float) -> Array:
