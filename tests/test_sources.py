@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from conftest import MODEL
 
 from nnqmd_server.errors import InputError, ModelError
+from nnqmd_server.inputs.run import check_virials
 from nnqmd_server.potentials.load import (
     absolute,
     card_of,
@@ -17,7 +19,7 @@ from nnqmd_server.potentials.load import (
     parse_models,
     source_hash,
 )
-from nnqmd_server.potentials.sources import Composite, Foreign, identity, is_prefixed, read
+from nnqmd_server.potentials.sources import Composite, Foreign, identity, is_prefixed, lacks_virial, read
 
 PES = "from ipi.pes.harmonic import *\n"
 
@@ -120,6 +122,26 @@ def test_hashes_and_identities_follow_contents_not_names(tmp_path):
     assert identity(read(f"ipi:{files[0]},k1=2")) != marks[0]
     with pytest.raises(ModelError, match="no file"):
         source_hash(f"ipi:{tmp_path}/gone.py")
+
+
+@pytest.mark.parametrize(
+    ("source", "lacks"),
+    [
+        ("ase:a.B,stress=none", True),
+        ("ase:a.B,stress=finite", False),
+        ("sum:a.zip,0.5*torchsim:a:b,stress=none", True),
+        ("a.zip", False),
+    ],
+)
+def test_no_barostat_follows_a_virial_of_zero(source, lacks, tmp_path):
+    assert lacks_virial(source) == lacks
+    for mode in ("npt", "nvt"):
+        root = ElementTree.fromstring(f"<simulation><motion><dynamics mode='{mode}'/></motion></simulation>")
+        if lacks and mode == "npt":
+            with pytest.raises(InputError, match="virial of zero"):
+                check_virials(root, tmp_path / "input.xml", [source])
+        else:
+            check_virials(root, tmp_path / "input.xml", [source])
 
 
 def test_cards_without_loading(tmp_path):

@@ -205,6 +205,16 @@ def card_of(source: str, of_member: Callable[[str], Card | None]) -> Card | None
     return None
 
 
+def lacks_virial(source: str) -> bool:
+    """Whether the user has said that a source (without its interpreter), or a member of it, has no virial."""
+    if not is_prefixed(source):
+        return False
+    found = read(source)
+    if isinstance(found, Composite):
+        return any(lacks_virial(member) for member in found.members)
+    return "stress" in found.options and found.options["stress"] is None
+
+
 def absolute(source: str, of_member: Callable[[str], str]) -> str:
     """The same source, for a process that was started in another folder; ``of_member`` does a member."""
     found = read(source)
