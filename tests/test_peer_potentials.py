@@ -16,7 +16,7 @@ LIMITS = {
     # float32 networks and SCF: to what they repeat; float64: to the order in which numbers are added
     "deepmd": (1e-9, 1e-9, 1e-9),
     "mace": (1e-8, 1e-8, 1e-7),
-    "sevennet": (1e-4, 1e-4, 1e-3),
+    "sevennet": (1e-3, 1e-3, 1e-2),
     "tblite": (1e-5, 1e-4, 1e-3),
 }
 

@@ -142,7 +142,7 @@ class Committee(_Composite):
     def __init__(self, members: Sequence[Potential]) -> None:
         if len(members) < 2:
             raise InputError("A committee needs two members or more.", "Give several models.")
-        super().__init__("committee", members, [1.0 / len(members)] * len(members))
+        super().__init__("committee", members, [1.0] * len(members))
 
     def _combined(self, results: Sequence[Results]) -> Results:
         energy = np.stack([r.energy for r in results], axis=1)
