@@ -40,8 +40,8 @@ def run(
         list[str],
         typer.Option(
             metavar="[NAME=]MODEL",
-            help="packaged model (.nequip.zip), or file.py:maker for a Python potential; several, each named"
-            " like the force field that asks for it",
+            help="packaged model (.nequip.zip), or file.py:maker for a Python potential, or another program's"
+            " (docs/potentials.md); several, each named like the force field that asks for it",
         ),
     ],
     out: Annotated[Path | None, typer.Option(help="folder for everything; runs/NAME by default")] = None,

@@ -36,6 +36,8 @@ Examples:
   nnqmd serve MODEL.nequip.zip --socket unix:nh3 --template init.xyz --beads 8 --dipoles dipoles.h5
 
   nnqmd serve mace=mace.py:maker@/envs/mace
+  nnqmd serve ase:sevenn.calculator.SevenNetCalculator,model=7net-0@/envs/sevennet
+  nnqmd serve committee:seed1.nequip.zip,seed2.nequip.zip
       workers in another Python environment, which needs numpy and pyzmq, but not nnqmd
 
   nnqmd serve full=big.nequip.zip cheap=small.nequip.zip
@@ -63,7 +65,8 @@ def serve(
             metavar="[NAME=]MODEL...",
             help="model files (.nequip.zip, .ckpt, .nequip.pt2, .pth; FILE@float64 for another precision),"
             " each under a name by which doors ask for it; also module:maker or file.py:maker for a Python"
-            " potential",
+            " potential, ase:, ipi:, deepmd: or torchsim: for those of other programs, sum: and committee:"
+            " of several (docs/potentials.md)",
         ),
     ] = None,
     workers: Annotated[

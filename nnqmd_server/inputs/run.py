@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from nnqmd_server.doors.address import free_socket, ipi_address, stale_socket
 from nnqmd_server.doors.extras import share_extras
 from nnqmd_server.doors.force_sets import ForceSets
 from nnqmd_server.doors.socket import SocketDoor, serve_in_thread
-from nnqmd_server.errors import OutputError, ProgramError
+from nnqmd_server.errors import InputError, OutputError, ProgramError
 from nnqmd_server.inputs.parts import Part, check_all_are_asked, equip, find_parts, records_of, separate
 from nnqmd_server.inputs.xml import (
     ForceField,
@@ -34,13 +34,17 @@ from nnqmd_server.inputs.xml import (
 )
 from nnqmd_server.pool.client import PoolClient, cards_of
 from nnqmd_server.potentials.base import unknown_elements
-from nnqmd_server.potentials.load import card_of
+from nnqmd_server.potentials.load import card_of, interpreter_of
+from nnqmd_server.potentials.sources import lacks_virial
 
 SOFT_EXIT_TIMEOUT = 20.0
 """How long i-PI may take to write RESTART after it was asked to stop [s]."""
 
 LAST_STEP = 3.0
 """How long it may take over its last step meanwhile; then forces that it still waits for are given up [s]."""
+
+_MOVING_CELLS = {"npt", "nst", "scnpt"}
+"""Modes of i-PI's ``<dynamics>`` in which the virial moves the cell."""
 
 _FULL = 1 << 16  # bytes; a disk with less than this left is full for all that is written here
 
@@ -106,6 +110,7 @@ def check(
     root = parse(source)
     separate(root, source, leave)
     parts = find_parts(root, source, models, leave)
+    check_virials(root, source, [models[part.potential] for part in parts])
     check_all_are_asked(parts, models, source)
     find_ipi()
     for part in parts:
@@ -116,6 +121,23 @@ def check(
         if card and (unknown := sorted(symbols - set(card.elements))):
             raise unknown_elements(card, unknown)
     return describe(root, source), parts
+
+
+def check_virials(root: ET.Element, path: Path, sources: Iterable[str]) -> None:
+    """Make sure that no barostat would follow a virial of zero.
+
+    Raises
+    ------
+    InputError
+        The cell moves, and a potential was told to do without its stress.
+    """
+    modes = {node.get("mode", "") for node in root.iter("dynamics")}
+    moving = sorted(mode for mode in modes if mode in _MOVING_CELLS)
+    if moving and any(lacks_virial(interpreter_of(source)[0]) for source in sources):
+        raise InputError(
+            f"{path} moves the cell ({moving[0]}), and a potential with stress=none has a virial of zero.",
+            "Use stress=finite, or another potential; or mode nvt.",
+        )
 
 
 def make_folder(folder: Path, force: bool) -> None:

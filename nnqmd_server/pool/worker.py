@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import zmq
 
 from nnqmd_server import __version__
@@ -37,7 +36,7 @@ from nnqmd_server.pool.messages import (
     send,
     unpack,
 )
-from nnqmd_server.potentials.base import SYMBOLS, Potential
+from nnqmd_server.potentials.base import Potential, warm_up
 from nnqmd_server.potentials.load import check_hashes, load, parse_hashes, parse_models, source_hash
 from nnqmd_server.structures import Structures
 
@@ -45,14 +44,6 @@ log = logging.getLogger("nnqmd.worker")
 
 RECONNECT = 50, 5000
 """First and longest wait before a lost connection is tried again [ms]; it doubles in between."""
-
-
-def warm_up(potential: Potential) -> None:
-    """Evaluate a small lattice once, so that the first batch does not pay for first-call work."""
-    numbers = np.array([SYMBOLS.index(s) for s in potential.card.elements or ("H",)], dtype=np.int64)
-    grid = np.stack(np.meshgrid(*[np.arange(3.0)] * 3, indexing="ij"), axis=-1).reshape(-1, 3) * 2.0
-    offsets = np.array([0, len(grid)], dtype=np.int64)
-    potential.evaluate(Structures(np.resize(numbers, len(grid)), grid, np.eye(3)[None] * 6.0, offsets))
 
 
 def _culprits(potential: Potential, structures: Structures) -> list[int]:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
+import numpy as np
+
 from nnqmd_server.errors import UnknownElementError
 from nnqmd_server.structures import Results, Structures
 
@@ -78,7 +80,26 @@ class Potential(Protocol):
     # Optional: `together` (bool, True where it is missing) says that a batch costs less than its structures
     # one by one, so that simulations are merged for it. `spent` (seconds in "lists", "copies" and "model"
     # until now) with `timing` (set: wait for the device after each) gives `nnqmd bench` its shares.
+    # one by one, so that simulations are merged for it.
+    # Optional: `warm_up()` does its first-call work, where a lattice of its elements is not what it can do.
 
     def evaluate(self, structures: Structures) -> Results:
         """Energies [eV], forces [eV/Angstrom], virials [eV] and properties, in the order given."""
         ...
+
+
+def warm_up(potential: Potential) -> None:
+    """Evaluate something small once, so that the first batch does not pay for first-call work."""
+    own = getattr(potential, "warm_up", None)
+    if own is not None:
+        own()
+    else:
+        potential.evaluate(lattice(potential.card))
+
+
+def lattice(card: Card) -> Structures:
+    """A cubic lattice of 27 atoms of the elements that a potential knows, 2 Angstrom apart."""
+    numbers = np.array([SYMBOLS.index(s) for s in card.elements or ("H",)], dtype=np.int64)
+    grid = np.stack(np.meshgrid(*[np.arange(3.0)] * 3, indexing="ij"), axis=-1).reshape(-1, 3) * 2.0
+    offsets = np.array([0, len(grid)], dtype=np.int64)
+    return Structures(np.resize(numbers, len(grid)), grid, np.eye(3)[None] * 6.0, offsets)

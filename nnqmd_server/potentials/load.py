@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 from nnqmd_server.errors import InputError, ModelError
+from nnqmd_server.potentials import sources
 from nnqmd_server.potentials.base import Card, Potential
 from nnqmd_server.potentials.package import PRECISIONS, file_hash, with_precision
 
@@ -126,6 +127,9 @@ def words_of(source: str) -> tuple[str, tuple[str, ...]]:
 
 def own_name(source: str) -> str:
     """The name of a source that was given none."""
+    bare, _ = interpreter_of(source)
+    if sources.is_prefixed(bare):
+        return sources.own_name(bare)
     source, _ = words_of(source)
     python = _PYTHON.fullmatch(source)
     if python:
@@ -142,12 +146,18 @@ def card_of(source: str) -> Card | None:
     ModelError
         It is neither.
     """
+    bare, _ = interpreter_of(source)
+    if sources.is_prefixed(bare):
+        return sources.card_of(bare, card_of)
     source, words = words_of(source)
     return None if _PYTHON.fullmatch(source) else with_precision(source, *(words or (None,)))
 
 
 def absolute(source: str) -> str:
     """The same source, without its interpreter, for a process that was started in another folder."""
+    bare, _ = interpreter_of(source)
+    if sources.is_prefixed(bare):
+        return sources.absolute(bare, absolute)
     source, words = words_of(source)
     python = _PYTHON.fullmatch(source)
     if python is None:
@@ -165,6 +175,9 @@ def source_hash(source: str) -> str:
     ModelError
         The file cannot be read.
     """
+    bare, _ = interpreter_of(source)
+    if sources.is_prefixed(bare):
+        return sources.source_hash(bare, source_hash)
     source, _ = words_of(source)
     python = _PYTHON.fullmatch(source)
     if python is not None and not python["module"].endswith(".py"):
@@ -223,6 +236,9 @@ def load(source: str, device: str = "cpu", compiled: bool = True) -> Potential:
     ModelError
         It is missing, is not what it claims, or cannot be loaded.
     """
+    bare, _ = interpreter_of(source)
+    if sources.is_prefixed(bare):
+        return _load_prefixed(bare, device, compiled)
     source, words = words_of(source)
     python = _PYTHON.fullmatch(source)
     if python is None:
@@ -237,6 +253,24 @@ def load(source: str, device: str = "cpu", compiled: bool = True) -> Potential:
             f"{source} cannot be loaded: {error.__class__.__name__}: {error}.",
             f"{python['maker']}(device) in it must return a potential (nnqmd_server.potentials.base).",
         ) from error
+
+
+def _load_prefixed(source: str, device: str, compiled: bool) -> Potential:
+    found = sources.read(source)
+    if isinstance(found, sources.Composite):
+        from nnqmd_server.potentials.composites import Committee, Sum
+
+        members = [load(member, device, compiled) for member in found.members]
+        return Committee(members) if found.kind == "committee" else Sum(members, found.weights)
+    module = "ipi_pes" if found.kind == "ipi" else found.kind
+    try:
+        adapter = importlib.import_module(f"nnqmd_server.potentials.{module}")
+    except ImportError as error:
+        raise ModelError(
+            f"{source} needs {error.name}, which is not in {sys.prefix}.",
+            f"Install it there, or name the environment that has it: {source}@/envs/NAME.",
+        ) from error
+    return adapter.load(found, device)
 
 
 def _module(name: str) -> ModuleType:

@@ -1,0 +1,37 @@
+"""Models of DeePMD-kit, MACE, SevenNet and tblite, each in an environment of its own, against the program."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from spectra_peers import interpreter
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from potentials import PROGRAMS, differences, prepare, structures_of_ammonia
+
+LIMITS = {
+    # float32 networks and SCF: to what they repeat; float64: to the order in which numbers are added
+    "deepmd": (1e-9, 1e-9, 1e-9),
+    "mace": (1e-8, 1e-8, 1e-7),
+    "sevennet": (1e-3, 1e-3, 1e-2),
+    "tblite": (1e-5, 1e-4, 1e-3),
+}
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_served_model_says_what_its_own_program_says(program, tmp_path):
+    python = interpreter(program)
+    structures = structures_of_ammonia()
+    told = prepare(program, python, tmp_path, structures)
+    assert told["sources"]
+    for way, source in told["sources"].items():
+        found = differences(source, python, tmp_path, structures)
+        assert found["largest_force"] > 1e-2, way
+        for key, limit in zip(("energy", "forces", "virial"), LIMITS[program], strict=True):
+            assert found[key] < limit, (way, key, found)
+        assert np.isfinite(found["repeated"])
