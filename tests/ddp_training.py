@@ -1,7 +1,7 @@
 """Train the module of test_training on two processes; the first writes its weights. Run by test_training.
 
-python ddp_training.py FRAMES OUT: FRAMES is what torch.save made of a list of graphs. Each step sees two of them,
-one on each process.
+python ddp_training.py FRAMES OUT: FRAMES is what torch.save made of a list of graphs. Each step sees two of
+them, one on each process.
 """
 
 import sys

@@ -7,6 +7,7 @@ since one frame stays in the cache and a batch does not. On a GPU they are evalu
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +19,17 @@ from nequip.model.saved_models.load_utils import load_saved_model
 from nequip.utils.global_state import set_global_state
 from vesin import NeighborList
 
-from nnqmd_server.dipoles import total_dipoles
+from nnqmd_server.dipoles import obey_sum_rule, structure_charges, total_dipoles
 from nnqmd_server.errors import InputError, ModelError
 from nnqmd_server.potentials.base import Card, unknown_elements
+from nnqmd_server.potentials.born import BORN, WithBorn
 from nnqmd_server.potentials.centres import edges_of
 from nnqmd_server.potentials.compiled import compiled_model
 from nnqmd_server.potentials.package import read_card
 from nnqmd_server.structures import Array, Results, Structures, join
 
 CENTROID = "wannier_centroid"
+ATOM_FIELDS = (CENTROID, BORN)
 
 
 class Allegro:
@@ -152,17 +155,20 @@ class Allegro:
         )
 
     def add_dipoles(self, structures: Structures, results: Results) -> None:
-        """Make the total dipoles from the centroids, where the model has these."""
-        if CENTROID in results.atom_properties and self.card.carriers:
+        """Make the total dipoles from the centroids, where the model has these; settle Born charges' sum."""
+        charges, carriers = self.card.ion_charges or {}, self.card.carriers
+        if CENTROID in results.atom_properties and carriers:
             results.properties["dipole"] = total_dipoles(
-                structures, results.atom_properties[CENTROID], self.card.ion_charges or {}, self.card.carriers
+                structures, results.atom_properties[CENTROID], charges, carriers
             )
+        if BORN in results.atom_properties and carriers:
+            total = structure_charges(structures, charges, carriers)
+            born = obey_sum_rule(results.atom_properties[BORN], structures.offsets, total)
+            results.atom_properties[BORN] = born
 
     def _evaluate_together(self, structures: Structures) -> Results:
         out = self._run(structures, *self._edges(structures))
-        atom_properties = {}
-        if CENTROID in self.card.properties:
-            atom_properties[CENTROID] = self._array(out[CENTROID])
+        atom_properties = {key: self._array(out[key]) for key in ATOM_FIELDS if key in self.card.properties}
         return Results(
             energy=self._array(out[AtomicDataDict.TOTAL_ENERGY_KEY]).reshape(-1),
             forces=self._array(out[AtomicDataDict.FORCE_KEY]),
@@ -196,7 +202,7 @@ class Allegro:
         return tensor.detach().to("cpu", torch.float64).numpy()
 
 
-def load(path: str | Path, device: str = "cpu", compiled: bool = True) -> Allegro:
+def load(path: str | Path, device: str = "cpu", compiled: bool = True, born: bool = False) -> Allegro:
     """Load a packaged model.
 
     A model is code: loading it executes what the package holds.
@@ -209,6 +215,8 @@ def load(path: str | Path, device: str = "cpu", compiled: bool = True) -> Allegr
         "cpu" or "cuda".
     compiled : bool
         Compile it for this machine (cached); eager when there is no compiler.
+    born : bool
+        Give Born charges too, with every evaluation; the model is then not compiled.
 
     Raises
     ------
@@ -218,7 +226,7 @@ def load(path: str | Path, device: str = "cpu", compiled: bool = True) -> Allegr
     path = Path(path)
     card = read_card(path)
     set_global_state()
-    if compiled:
+    if compiled and not born:
         file, form = compiled_model(path, card, device)
         if file is not None:
             try:
@@ -238,6 +246,9 @@ def load(path: str | Path, device: str = "cpu", compiled: bool = True) -> Allegr
             "Package it again with the nequip of this installation.",
         ) from error
     _check_claims(path, card, getattr(model, "metadata", {}))
+    if born:
+        model = WithBorn(model, card).to(device).eval()
+        card = replace(card, properties=(*card.properties, BORN))
     return Allegro(model, card, device, form)
 
 

@@ -15,6 +15,8 @@ import torch
 from hydra.utils import instantiate
 from nequip.train import EMALightningModule, NequIPLightningModule
 
+from nnqmd_server.training import contraction
+
 
 class _Sharpness:
     """The optimizer step of SAM, for any of nequip's Lightning modules with automatic optimisation.
@@ -34,6 +36,8 @@ class _Sharpness:
         Epochs before this one are plain.
     sam_every : int
         Only every so many steps are sharpness-aware; the others are plain, and cost half as much.
+    cpu_matmul : bool
+        On a CPU, compute tensor products as matrix products while training (see `contraction`).
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class _Sharpness:
         adaptive: bool = False,
         sam_start_epoch: int = 0,
         sam_every: int = 1,
+        cpu_matmul: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -53,6 +58,7 @@ class _Sharpness:
         self.adaptive = bool(adaptive)
         self.sam_start_epoch = int(sam_start_epoch)
         self.sam_every = int(sam_every)
+        self.cpu_matmul = bool(cpu_matmul)
         self._at_perturbed_weights = False
         # The logged loss must not count the second pass. A tuple keeps this one out of the
         # checkpoint, which then loads as nequip's own module would.
@@ -113,6 +119,13 @@ class _Sharpness:
                 "sharpness-aware minimisation needs accumulate_grad_batches = 1: both of its passes must see "
                 "the same batch (use a larger batch_size instead, or rho = 0)"
             )
+        if self.cpu_matmul and self.device.type == "cpu":
+            contraction.on(self.model)
+
+    def on_fit_end(self) -> None:
+        """Leave the model as Allegro made it."""
+        super().on_fit_end()
+        contraction.off(self.model)
 
 
 @torch.no_grad()
