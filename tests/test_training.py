@@ -709,7 +709,7 @@ def test_a_read_out_on_a_frozen_backbone_leaves_energy_and_forces_alone(tmp_path
     assert float(other["wannier_centroid"].detach().abs().max()) > 0
 
     wrong = TINY | {"wannier": wannier, "network": TINY["network"] | {"cutoff": 3.0}}
-    with pytest.raises(InputError, match="backbone .* has r_max 3.5"):
+    with pytest.raises(InputError, match=r"backbone .* has r_max 3\.5"):
         train.prepare(write_config(tmp_path / "c.yaml", **wrong), tmp_path / "c")
 
 
