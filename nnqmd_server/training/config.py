@@ -151,7 +151,7 @@ def expand(config: TrainingConfig, epochs: int) -> dict[str, Any]:
     return {
         "run": ["train"],
         "data": {
-            "_target_": "nequip.data.datamodule.NequIPDataModule",
+            "_target_": "nnqmd_server.training.kept_frames.FramesModule",
             "seed": opt.seed,
             "train_dataset": _frames(config, "train.xyz"),
             "val_dataset": _frames(config, "val.xyz"),
@@ -194,7 +194,15 @@ def _trainer(config: TrainingConfig, epochs: int) -> dict[str, Any]:
             "dirpath": ".",
             "filename": "best",
             "enable_version_counter": False,
-            "save_last": True,
+        },
+        {
+            # `save_last` of the other one would keep the last epoch that was the best, not the last epoch
+            "_target_": "lightning.pytorch.callbacks.ModelCheckpoint",
+            "dirpath": ".",
+            "filename": "last",
+            "enable_version_counter": False,
+            "every_n_epochs": 1,
+            "save_on_train_epoch_end": True,
         },
         {"_target_": "nnqmd_server.training.progress.EpochLog", "path": "epochs.csv"},
     ]

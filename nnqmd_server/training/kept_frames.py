@@ -1,4 +1,7 @@
-"""Frames whose neighbour lists are made once and kept: the optimiser waits for them in one epoch only."""
+"""Frames whose neighbour lists are made once and kept: the optimiser waits for them in one epoch only.
+
+And the module that hands them out, in an order that an interruption does not change.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from nequip.data.datamodule import NequIPDataModule
 from nequip.data.dataset import ASEDataset
 
 MOST_BYTES = 2 << 30
@@ -35,3 +39,18 @@ class KeptFrames(ASEDataset):
             self._room -= size
             self._kept[k] = frame
         return self._kept[k].copy()
+
+
+class FramesModule(NequIPDataModule):
+    """nequip's data module, whose order of frames goes on where a training was interrupted."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the states of the random generators into those that exist already.
+
+        Lightning restores a checkpoint after it has set up the data, and nequip's module would begin again with the
+        order of the first epoch.
+        """
+        super().load_state_dict(state_dict)
+        for name in ("train_generator", "generator"):
+            if hasattr(self, name):
+                getattr(self, name).set_state(state_dict[f"{name}_state"])

@@ -63,7 +63,7 @@ def prepare(path: Path, directory: Path | None, resume: bool) -> NequipPlan:
         raise InputError(
             f"{directory} holds no last.ckpt to go on from.",
             "In trainer.callbacks give ModelCheckpoint `dirpath: ${hydra:runtime.output_dir}` and "
-            "`save_last: true`.",
+            "`filename: last` (or `save_last: true`).",
         )
     if not resumed and directory.exists() and any(directory.iterdir()):
         raise OutputError(
@@ -126,8 +126,8 @@ def _followed(raw: dict[str, Any], directory: Path) -> dict[str, Any]:
             {
                 "_target_": "lightning.pytorch.callbacks.ModelCheckpoint",
                 "dirpath": str(directory),
-                "filename": "best",
-                "save_last": True,
+                "filename": "last",
+                "enable_version_counter": False,
             }
         )
     callbacks.append(

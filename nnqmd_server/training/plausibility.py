@@ -12,7 +12,7 @@ import numpy as np
 from ase import Atoms
 from ase.data import covalent_radii
 from ase.geometry import find_mic
-from ase.neighborlist import neighbor_list
+from vesin import NeighborList
 
 from nnqmd_server.errors import DataError
 from nnqmd_server.structures import Array
@@ -23,6 +23,9 @@ ABSURD_FORCE = 100.0
 
 CLOSEST = 0.4
 """Distance over the sum of covalent radii, below which no electronic structure is right."""
+
+SMALLEST_VOLUME = 0.5
+"""Angstrom^3 per atom: hydrogen at the centre of Jupiter has more."""
 
 FAR = 1.65
 """The same for the nearest neighbour of a typical atom; bohr for Angstrom makes 1.89 of 1."""
@@ -123,10 +126,14 @@ def _check_distances(frames: Sequence[Atoms], numbers: Sequence[int]) -> None:
 def _nearest(frame: Atoms) -> Array:
     """Distance of each atom's nearest neighbour over the sum of their covalent radii, shape (n_atoms,)."""
     ratios = np.full(len(frame), 2.0)
-    kinds = set(frame.numbers)
-    reach = {(a, b): 2 * (covalent_radii[a] + covalent_radii[b]) for a in kinds for b in kinds}
-    i, j, distance = neighbor_list("ijd", frame, reach)
-    np.minimum.at(ratios, i, distance / (covalent_radii[frame.numbers[i]] + covalent_radii[frame.numbers[j]]))
+    if frame.get_volume() < SMALLEST_VOLUME * len(frame):
+        return np.zeros(len(frame))  # not worth a list, which would be very long
+    radii = covalent_radii[frame.numbers]
+    neighbours = NeighborList(cutoff=4 * float(radii.max()), full_list=True)
+    i, j, distance = neighbours.compute(
+        points=frame.positions, box=frame.cell.array, periodic=True, quantities="ijd"
+    )
+    np.minimum.at(ratios, i, distance / (radii[i] + radii[j]))
     return ratios
 
 
@@ -151,7 +158,9 @@ def _check_work(frames: Sequence[Atoms], numbers: Sequence[int]) -> None:
         looks = (
             f"This looks like {_MEANINGS[near]}."
             if fits
-            else "A slope below 0 would be gradients taken for forces."
+            else "Are these gradients instead of forces?"
+            if slope < 0
+            else "No common unit gives this number."
         )
         raise DataError(
             f"Between {len(work)} pairs of frames that are close together (the first are frames {first} and "

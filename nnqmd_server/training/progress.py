@@ -55,6 +55,7 @@ class EpochLog(lightning.Callback):
         self.path = Path(path)
         self._seconds_before = 0.0
         self._begun = 0.0
+        self._rate = 0.0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Keep the epochs that the checkpoint includes; begin the clock."""
@@ -67,6 +68,10 @@ class EpochLog(lightning.Callback):
             writer.writerow(COLUMNS)
             writer.writerows([getattr(e, name) for name in COLUMNS] for e in done)
         self._seconds_before = done[-1].seconds if done else 0.0
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Remember the learning rate: when the epoch ends, the scheduler has made its step."""
+        self._rate = float(trainer.optimizers[0].param_groups[0]["lr"])
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Write the line of this epoch; stop a training that has diverged."""
@@ -89,7 +94,7 @@ class EpochLog(lightning.Callback):
         row = [
             trainer.current_epoch,
             self._seconds_before + time.monotonic() - self._begun,
-            trainer.optimizers[0].param_groups[0]["lr"],
+            self._rate,
             loss,
             value("energy_rmse", "per_atom_energy_rmse"),  # ours, and what nequip's own metrics are called
             *(value(f"{name}_rmse") for name in ("forces", "stress", "wannier_centroid")),
