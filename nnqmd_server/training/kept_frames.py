@@ -47,8 +47,8 @@ class FramesModule(NequIPDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the states of the random generators into those that exist already.
 
-        Lightning restores a checkpoint after it has set up the data, and nequip's module would begin again with the
-        order of the first epoch.
+        Lightning restores a checkpoint after it has set up the data, and nequip's module would begin again
+        with the order of the first epoch.
         """
         super().load_state_dict(state_dict)
         for name in ("train_generator", "generator"):
