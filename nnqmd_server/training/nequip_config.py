@@ -7,7 +7,6 @@ all.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ class NequipPlan:
     """A training of nequip's own whose run directory is ready; ``epochs`` where the file says it."""
 
     name: str
+    config: Path
     directory: Path
     resumed: bool
     epochs: int | None
@@ -72,25 +72,20 @@ def prepare(path: Path, directory: Path | None, resume: bool) -> NequipPlan:
         )
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        if composed:
-            for file in path.parent.iterdir():
-                if file.is_dir():
-                    shutil.copytree(file, directory / "hydra" / file.name, dirs_exist_ok=True)
-            (directory / "hydra").mkdir(exist_ok=True)
-            shutil.copy(path, directory / "hydra" / "config.yaml")
-        else:
-            (directory / "hydra").mkdir(exist_ok=True)
-            text = yaml.safe_dump(_followed(raw, directory), sort_keys=False, allow_unicode=True)
-            (directory / "hydra" / "config.yaml").write_text(text)
+        used = path.resolve()
+        if not composed:
+            used = directory / "config.yaml"
+            used.write_text(yaml.safe_dump(_followed(raw, directory), sort_keys=False, allow_unicode=True))
     except OSError as error:
         raise OutputError(f"{directory} cannot be written: {error}", "Choose another --out.") from error
     most = (raw.get("trainer") or {}).get("max_epochs")
-    return NequipPlan(path.stem, directory, resumed, most if isinstance(most, int) and most > 0 else None)
+    epochs = most if isinstance(most, int) and most > 0 else None
+    return NequipPlan(path.stem, used, directory, resumed, epochs)
 
 
 def fit(plan: NequipPlan, on_epoch: Callable[[Sequence[Epoch]], None]) -> list[Epoch]:
     """Run nequip's trainer in the present directory, as ``nequip-train`` would; see `train.follow`."""
-    return follow(plan.directory, plan.directory / "hydra", Path.cwd(), (), plan.resumed, on_epoch, {})
+    return follow(plan.directory, plan.config, Path.cwd(), (), plan.resumed, on_epoch, {})
 
 
 def finish(plan: NequipPlan) -> tuple[Path, Path | None]:

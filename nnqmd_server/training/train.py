@@ -136,26 +136,27 @@ def fit(plan: Plan, on_epoch: Callable[[Sequence[Epoch]], None] = lambda epochs:
         # Each process would take all cores.
         settings["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // plan.config.processes))
     more = ["hydra.output_subdir=null"]
-    return follow(plan.directory, plan.directory, plan.directory, more, plan.resumed, on_epoch, settings)
+    config = plan.directory / "config.yaml"
+    return follow(plan.directory, config, plan.directory, more, plan.resumed, on_epoch, settings)
 
 
 def follow(
     directory: Path,
-    config_folder: Path,
+    config: Path,
     present: Path,
     overrides: Sequence[str],
     resumed: bool,
     on_epoch: Callable[[Sequence[Epoch]], None],
     settings: Mapping[str, str],
 ) -> list[Epoch]:
-    """Run nequip's trainer on a ``config.yaml`` and watch ``epochs.csv`` of the run directory grow.
+    """Run nequip's trainer on a configuration of its own and watch ``epochs.csv`` of the run directory grow.
 
     Parameters
     ----------
     directory
         Run directory: log, checkpoints, epochs.csv.
-    config_folder
-        Where ``config.yaml`` stands.
+    config
+        Hydra's YAML file.
     present
         The present directory of the trainer, to which the configuration's file names are relative.
     overrides
@@ -172,7 +173,7 @@ def follow(
     ProgramError
         If the trainer fails; with the end of its log.
     """
-    command = [sys.executable, "-m", "nequip.scripts.train", "-cp", str(config_folder), "-cn", "config"]
+    command = [sys.executable, "-m", "nequip.scripts.train", "-cp", str(config.parent), "-cn", config.stem]
     where = "." if present == directory else str(directory)
     command += [f"hydra.run.dir='{where}'", "hydra/job_logging=stdout", *overrides]
     if resumed:
