@@ -187,6 +187,7 @@ def test_dipoles_of_a_trajectory_and_its_infrared_spectrum(tmp_path, potential):
         "2.0",
         "--batch",
         "50",
+        "--molecules",
     ]
     done = CliRunner().invoke(app, command, catch_exceptions=False)
     assert done.exit_code == 0
@@ -196,6 +197,10 @@ def test_dipoles_of_a_trajectory_and_its_infrared_spectrum(tmp_path, potential):
         assert file["dipole"].attrs["unit"] == "e Angstrom"
         assert file.attrs["interval_fs"] == 2.0
         assert file["dipole"][:, 0] == pytest.approx(expected, abs=1e-6)
+        # NH3 is neutral: its molecules make up the whole
+        assert file["molecular_dipole"].shape == (120, 1, 4, 3)
+        assert file["molecular_dipole"][:].sum(axis=2) == pytest.approx(file["dipole"][:], abs=1e-9)
+        assert list(file["molecule_at"]) == [k for k in range(16) if made[0].numbers[k] == 7]
         assert file["cell"][7] == pytest.approx(made[0].cell.array)
     spectrum = ["spectrum", "ir", str(tmp_path / "dipoles.h5"), "--temperature", "300"]
     done = CliRunner().invoke(app, [*spectrum, "--out", str(tmp_path / "ir")], catch_exceptions=False)

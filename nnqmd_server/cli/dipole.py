@@ -55,6 +55,9 @@ def dipole(
     born: Annotated[
         bool, typer.Option("--born", help="write Born charges dM/dR too (runs the model uncompiled)")
     ] = False,
+    molecules: Annotated[
+        bool, typer.Option("--molecules", help="write the dipole of every molecule too")
+    ] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     batch: Annotated[int, typer.Option(help="structures evaluated together", min=1)] = 64,
 ) -> None:
@@ -82,7 +85,7 @@ def dipole(
     with console.status(f"Loading {model}"):
         potential = allegro.load(model, device, born=True) if born else load(model, device)
     with words.progress("dipoles") as tell:
-        frames = write_dipoles(target, opened, potential, batch, skip, born, tell)
+        frames = write_dipoles(target, opened, potential, batch, skip, born, molecules, tell)
     for warning in opened.warnings:
         console.print(f"[yellow]note:[/] {warning}")
     console.print(

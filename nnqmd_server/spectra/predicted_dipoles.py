@@ -8,11 +8,12 @@ import h5py
 import numpy as np
 from ase.data import atomic_numbers
 
+from nnqmd_server.dipoles import is_head, molecular_dipoles
 from nnqmd_server.errors import DataError, ModelError, OutputError
 from nnqmd_server.potentials.base import Potential
 from nnqmd_server.spectra.dipole_files import DIPOLE_FORMAT, DIPOLE_UNIT
 from nnqmd_server.spectra.trajectory import Block, Progress, Trajectory
-from nnqmd_server.structures import Array, Structures, replicas
+from nnqmd_server.structures import Array, Results, Structures, replicas
 
 _CHUNK = 256
 
@@ -24,14 +25,16 @@ def write_dipoles(
     batch: int = 64,
     skip: float = 0.0,
     born: bool = False,
+    molecules: bool = False,
     progress: Progress | None = None,
 ) -> int:
     """Evaluate every frame and bead, and write a file that `nnqmd spectrum ir` reads.
 
     Datasets as in the ``dipoles.h5`` of a run: ``force_set`` (n,) the number of the frame, ``dipole``
     (n, n_beads, 3) [e Angstrom], ``energy`` (n, n_beads) [eV], ``cell`` (n, 3, 3) [Angstrom]; with ``born``,
-    ``born_charges`` (n, n_beads, n_atoms, 3, 3) [e], dM_a/dR_ib at indices (i, a, b). The attribute
-    ``interval_fs`` is the time between frames.
+    ``born_charges`` (n, n_beads, n_atoms, 3, 3) [e], dM_a/dR_ib at indices (i, a, b); with ``molecules``,
+    ``molecular_dipole`` (n, n_beads, n_molecules, 3) [e Angstrom] about the atoms ``molecule_at``. The
+    attribute ``interval_fs`` is the time between frames.
 
     Parameters
     ----------
@@ -47,6 +50,8 @@ def write_dipoles(
         Time at the beginning to leave out [fs].
     born
         Write Born charges too.
+    molecules
+        Write the dipole of every molecule too.
     progress
         Called with the fraction done.
 
@@ -64,8 +69,8 @@ def write_dipoles(
     OutputError
         The file cannot be written.
     """
-    needs = ("dipole", "born_charges") if born else ("dipole",)
-    for name in needs:
+    needs = {"dipole": True, "born_charges": born, "wannier_centroid": molecules}
+    for name in (name for name, wanted in needs.items() if wanted):
         if name not in potential.card.properties:
             fix = "Give a model with a Wannier read-out" + (", and ask for born." if born else ".")
             raise ModelError(f"The model {potential.card.name} does not give {name.replace('_', ' ')}.", fix)
@@ -78,7 +83,7 @@ def write_dipoles(
     draft = path.with_name(f".{path.name}.part")
     try:
         with h5py.File(draft, "w") as file:
-            written = _write(file, trajectory, numbers, potential, batch, skip, born, progress)
+            written = _write(file, trajectory, numbers, potential, batch, skip, (born, molecules), progress)
         draft.replace(path)
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error}.", "Choose another --out.") from error
@@ -94,9 +99,10 @@ def _write(
     potential: Potential,
     batch: int,
     skip: float,
-    born: bool,
+    more: tuple[bool, bool],
     progress: Progress | None,
 ) -> int:
+    born, molecules = more
     beads, n = trajectory.n_beads, len(numbers)
     file.attrs.update(
         {
@@ -116,21 +122,27 @@ def _write(
     }
     if born:
         units["born_charges"], shapes["born_charges"] = "e", (beads, n, 3, 3)
+    if molecules:
+        at = np.flatnonzero(is_head(numbers, potential.card.carriers or {}))
+        units["molecular_dipole"], shapes["molecular_dipole"] = DIPOLE_UNIT, (beads, len(at), 3)
+        file["molecule_at"] = at
     for name, shape in shapes.items():
         kind = np.int64 if name == "force_set" else np.float64
-        chunk = 1 if name == "born_charges" else _CHUNK
+        chunk = 1 if name in ("born_charges", "molecular_dipole") else _CHUNK
         made = file.create_dataset(name, (0, *shape), kind, maxshape=(None, *shape), chunks=(chunk, *shape))
         made.attrs["unit"] = units[name]
     count = 0
     for block in trajectory.blocks(n_frames=max(1, batch // beads), skip=skip, progress=progress):
-        for name, rows in _rows(block, numbers, potential, born, trajectory.path).items():
+        for name, rows in _rows(block, numbers, potential, more, trajectory.path).items():
             file[name].resize(count + len(block.steps), axis=0)
             file[name][count:] = rows
         count += len(block.steps)
     return count
 
 
-def _rows(block: Block, numbers: Array, potential: Potential, born: bool, path: Path) -> dict[str, Array]:
+def _rows(
+    block: Block, numbers: Array, potential: Potential, more: tuple[bool, bool], path: Path
+) -> dict[str, Array]:
     if block.cells is None:
         raise DataError(
             f"{path} has no cell.",
@@ -151,9 +163,23 @@ def _rows(block: Block, numbers: Array, potential: Potential, born: bool, path: 
         "energy": results.energy.reshape(frames, beads),
         "cell": block.cells,
     }
-    if born:
+    if more[1]:
+        rows["molecular_dipole"] = _of_molecules(structures, results, potential).reshape(frames, beads, -1, 3)
+    if more[0]:
         rows["born_charges"] = results.atom_properties["born_charges"].reshape(frames, beads, n, 3, 3)
     return rows
+
+
+def _of_molecules(structures: Structures, results: Results, potential: Potential) -> Array:
+    """Dipoles of all molecules of all structures [e Angstrom], one behind another."""
+    centroids = results.atom_properties["wannier_centroid"]
+    charges, carriers = potential.card.ion_charges or {}, potential.card.carriers or {}
+    found = []
+    for k in range(len(structures)):
+        atoms = structures.atoms_of(k)
+        where = structures.numbers[atoms], structures.positions[atoms], structures.cells[k]
+        found.append(molecular_dipoles(*where, centroids[atoms], charges, carriers)[0])
+    return np.concatenate(found)
 
 
 def _structures(numbers: Array, block: Block) -> Structures:
