@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -143,8 +144,13 @@ def plain(config: TrainingConfig) -> TrainingConfig:
     return replace(config, name=f"{config.name}-plain", training=replace(config.training, rho=0.0))
 
 
-def expand(config: TrainingConfig, epochs: int) -> dict[str, Any]:
-    """Expand to nequip's own (Hydra) configuration; file names are relative to the run directory."""
+def expand(
+    config: TrainingConfig, epochs: int, statistics: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Expand to nequip's own (Hydra) configuration; file names are relative to the run directory.
+
+    ``statistics`` are those of the data of a backbone, instead of those of these data.
+    """
     opt = config.training
     each = opt.batch_size // config.processes
     loader = {"_target_": "torch.utils.data.DataLoader", "batch_size": each, "num_workers": 0}
@@ -166,7 +172,7 @@ def expand(config: TrainingConfig, epochs: int) -> dict[str, Any]:
             },
         },
         "trainer": _trainer(config, epochs),
-        "training_module": _training_module(config, epochs),
+        "training_module": _training_module(config, epochs, statistics or {}),
     }
 
 
@@ -259,7 +265,7 @@ def _schedule(opt: Optimization, epochs: int) -> dict[str, Any]:
     return {"scheduler": scheduler, "interval": "epoch", "frequency": 1}
 
 
-def _training_module(config: TrainingConfig, epochs: int) -> dict[str, Any]:
+def _training_module(config: TrainingConfig, epochs: int, statistics: Mapping[str, Any]) -> dict[str, Any]:
     opt = config.training
     validation = {"_target_": "nequip.train.MetricsManager", "metrics": _validation_metrics(config)}
     kind = "nnqmd_server.training.sam.EMASAMLightningModule"
@@ -281,7 +287,7 @@ def _training_module(config: TrainingConfig, epochs: int) -> dict[str, Any]:
         # Loss terms are tiny in eV, and so are the gradients: Adam's usual eps would slow the last epochs.
         "optimizer": {"_target_": "torch.optim.Adam", "lr": opt.learning_rate, "eps": 1e-12},
         "lr_scheduler": _schedule(opt, epochs),
-        "model": _model(config),
+        "model": _model(config) | statistics,
     }
 
 

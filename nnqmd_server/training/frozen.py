@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from nequip.model.saved_models.load_utils import load_saved_model
 
 from nnqmd_server.errors import ModelError
+from nnqmd_server.potentials.package import PACKAGE_SUFFIX
 from nnqmd_server.training.sam import EMASAMLightningModule
 
 READOUT = "wannier_readout"
@@ -39,13 +42,19 @@ class FrozenBackboneModule(EMASAMLightningModule):
         return model
 
 
-def save_backbone(model: Path, target: Path) -> dict[str, Any]:
+STATISTICS = ("avg_num_neighbors", "per_type_energy_shifts", "per_type_energy_scales")
+"""What the backbone took from its own data; not all of it is among its weights."""
+
+
+def save_backbone(model: Path, target: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Write the weights of a trained model, without a Wannier read-out it may have, to a file.
 
     Returns
     -------
-    dict
-        The model's own description: cutoff, elements, precision.
+    description : dict
+        What the model says of itself: cutoff, elements, precision.
+    statistics : dict
+        The statistics of its data that it was built with, under the names of Allegro's parameters.
 
     Raises
     ------
@@ -54,6 +63,8 @@ def save_backbone(model: Path, target: Path) -> dict[str, Any]:
     """
     try:
         network = load_saved_model(model)
+        settings = _settings(model)
+        statistics = {name: settings[name] for name in STATISTICS}
     except Exception as error:  # a model is code, and anything may come of it
         raise ModelError(
             f"The backbone {model} cannot be loaded: {error.__class__.__name__}: {error}.",
@@ -61,4 +72,13 @@ def save_backbone(model: Path, target: Path) -> dict[str, Any]:
         ) from error
     weights = {name: value for name, value in network.state_dict().items() if READOUT not in name}
     torch.save(weights, target)
-    return dict(network.metadata)
+    return dict(network.metadata), statistics
+
+
+def _settings(model: Path) -> dict[str, Any]:
+    """What the model was built with."""
+    if not model.name.endswith(PACKAGE_SUFFIX):
+        return torch.load(model, map_location="cpu", weights_only=False)["hyper_parameters"]["model"]
+    with zipfile.ZipFile(model) as archive:
+        name = next(name for name in archive.namelist() if name.endswith("/model/config.yaml"))
+        return yaml.safe_load(archive.read(name))["training_module"]["model"]

@@ -31,6 +31,9 @@ from nnqmd_server.training.progress import Epoch, read_epochs
 POLL = 0.5
 """Time between looks at the trainer [s]."""
 
+STATISTICS = "backbone.json"
+"""In the run directory: what the backbone took from its own data."""
+
 LOG_TAIL = 12
 """Lines of a failed program's log that its error shows."""
 
@@ -107,7 +110,7 @@ def prepare(
             _take_backbone(config, directory)
         data.write_sets(frames, parts, directory, config.carriers, config.split.group)
         shutil.copy(config_path, directory / "training.yaml")
-        (directory / "config.yaml").write_text(_as_yaml(config))
+        (directory / "config.yaml").write_text(_as_yaml(config, directory))
         split = {"data_sha256": file_hash(config.data), **asdict(parts), "left_out": left_out}
         (directory / "split.json").write_text(json.dumps(split, indent=1) + "\n")
     except OSError as error:
@@ -260,7 +263,8 @@ def _take_backbone(config: TrainingConfig, directory: Path) -> None:
 
     assert config.wannier is not None
     assert config.wannier.backbone is not None
-    found = save_backbone(config.wannier.backbone, directory / "backbone.pt")
+    found, statistics = save_backbone(config.wannier.backbone, directory / "backbone.pt")
+    (directory / STATISTICS).write_text(json.dumps(statistics, indent=1) + "\n")
     wanted = {
         "type_names": " ".join(config.elements),
         "model_dtype": config.network.precision,
@@ -275,14 +279,16 @@ def _take_backbone(config: TrainingConfig, directory: Path) -> None:
             )
 
 
-def _as_yaml(config: TrainingConfig) -> str:
-    return yaml.safe_dump(expand(config, config.training.epochs), sort_keys=False)
+def _as_yaml(config: TrainingConfig, directory: Path) -> str:
+    file = directory / STATISTICS
+    statistics = json.loads(file.read_text()) if file.is_file() else None
+    return yaml.safe_dump(expand(config, config.training.epochs, statistics), sort_keys=False)
 
 
 def _check_unchanged(plan: Plan) -> None:
     """A checkpoint carries its own settings: a changed configuration would be ignored silently."""
     present = (plan.directory / "config.yaml").read_text()
-    if present != _as_yaml(plan.config):
+    if present != _as_yaml(plan.config, plan.directory):
         raise InputError(
             f"The configuration differs from the one that the training in {plan.directory} began with.",
             "Put it back (training.yaml there is a copy; mind --epochs), or train afresh in another --out.",
