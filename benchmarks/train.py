@@ -107,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--epochs", type=int, default=6, help="epochs of timed steps; 0 leaves them out")
     parser.add_argument("--demo-epochs", type=int, default=8)
     parser.add_argument("--full", action="store_true", help="train the demo to its end")
     parser.add_argument("--processes", type=int, nargs="*", default=[1, 2])
@@ -121,7 +121,7 @@ def main() -> None:
         room = Path(folder)
         plan = train.prepare(DEMO, room / "data", 1)
         os.chdir(plan.directory)
-        for name, matmul in (("allegro", False), ("matmul", True)):
+        for name, matmul in (("allegro", False), ("matmul", True)) if options.epochs else ():
             found = time_steps(room, options.epochs, matmul)
             ratio = found["sam_ms"] / found["plain_ms"]
             print(

@@ -61,6 +61,8 @@ class EpochLog(lightning.Callback):
         """Keep the epochs that the checkpoint includes; begin the clock."""
         done = [e for e in read_epochs(self.path) if e.epoch < trainer.current_epoch]
         self._begun = time.monotonic()
+        if done:
+            _catch_up(trainer, done[-1].score)
         if not trainer.is_global_zero:
             return
         with self.path.open("w", newline="") as file:
@@ -102,6 +104,13 @@ class EpochLog(lightning.Callback):
         ]
         with self.path.open("a", newline="") as file:
             csv.writer(file).writerow(row)
+
+
+def _catch_up(trainer: lightning.Trainer, score: float) -> None:
+    """Show a plateau scheduler the last epoch: a checkpoint is written before the scheduler sees the score."""
+    for entry in trainer.lr_scheduler_configs:
+        if entry.reduce_on_plateau and entry.scheduler.last_epoch < trainer.current_epoch and score == score:
+            entry.scheduler.step(score)
 
 
 def read_epochs(path: Path) -> list[Epoch]:
