@@ -107,7 +107,7 @@ class EpochLog(lightning.Callback):
 
 
 def _catch_up(trainer: lightning.Trainer, score: float) -> None:
-    """Show a plateau scheduler the last epoch: a checkpoint is written before the scheduler sees the score."""
+    """Show a plateau scheduler the last score: a checkpoint is written before the scheduler sees it."""
     for entry in trainer.lr_scheduler_configs:
         if entry.reduce_on_plateau and entry.scheduler.last_epoch < trainer.current_epoch and score == score:
             entry.scheduler.step(score)
