@@ -68,7 +68,7 @@ def test_two_processes_train_the_same_network_on_both(tmp_path, settings):
     assert np.isfinite([e.score for e in epochs]).all()
     card = json.loads((tmp_path / "run/card.json").read_text())
     assert card["training"]["settings"]["processes"] == 2
-    model = load(tmp_path / "run/two.nequip.zip", compiled=False)
+    model = load(tmp_path / "run/tiny.nequip.zip", compiled=False)
     assert np.isfinite(model.evaluate(from_ase([sensible(50)])).forces).all()
 
 
