@@ -21,7 +21,7 @@ from nnqmd_server.structures import from_ase
 from nnqmd_server.training.config import expand, read_config
 from nnqmd_server.training.progress import read_epochs
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 WAIT = 280
 
 
