@@ -21,7 +21,9 @@ MEMBERS = np.array([0.7, 0.9, 1.4])
 """Springs of the committee's members, in units of the whole; their mean is 1."""
 CHARGE = 0.05
 """Charge of an atom per length along y [e/Angstrom]."""
-PROPERTIES = ("dipole", "charge", "committee_energy", "committee_forces", "committee_virial")
+PROPERTIES = (
+    "dipole", "born_charges", "charge", "committee_energy", "committee_forces", "committee_virial"
+)  # fmt: skip
 
 
 class SpringPotential:
@@ -56,6 +58,7 @@ class SpringPotential:
             },
             {
                 "charge": CHARGE * positions[:, 1],
+                "born_charges": CHARGE * positions[:, :, None] * np.arange(1, 4),
                 "committee_forces": -self.spring * positions[:, None] * MEMBERS[:, None],
             },
         )

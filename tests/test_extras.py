@@ -43,6 +43,8 @@ def of_positions(q):
     return {
         "dipole": q[0],
         "charges": CHARGE * BOHR * q[:, 1],
+        # rows of atom and displacement, columns of the dipole
+        "BEC": CHARGE * BOHR * (np.arange(1, 4)[:, None] * q[:, None, :]).reshape(-1, 3),
         "committee_pot": energy * MEMBERS,
         "committee_force": -SPRING * MEMBERS[:, None] * q.reshape(-1),
         "committee_virial": MEMBERS[:, None] * virial.reshape(-1),
@@ -61,6 +63,7 @@ def assert_extras(folder, steps=STEPS):
     q = positions(folder, BEADS)
     for name in EXTRAS:
         rows = len(MEMBERS) if name in {"committee_force", "committee_virial"} else 1
+        rows = 3 * q.shape[2] if name == "BEC" else rows
         for bead in range(BEADS):
             got = read_extras(folder / f"run.{name}_{bead}", rows, steps)
             for frame in range(steps + 1):

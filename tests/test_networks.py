@@ -85,6 +85,16 @@ def test_atoms_that_carry_nothing_get_exact_zeros():
     assert (centroids[~hydrogen] != 0).all()
 
 
+@pytest.mark.parametrize("carriers", [{"N": 8}, {"N": 2, "H": 2}])
+def test_centroids_are_permuted_with_the_atoms(carriers):
+    model, atoms = build(carriers=carriers), ammonia()
+    order = np.random.default_rng(4).permutation(len(atoms))
+    here = evaluate(model, atoms)[WANNIER_CENTROID_KEY].detach().numpy()
+    there = evaluate(model, atoms[order])[WANNIER_CENTROID_KEY].detach().numpy()
+    assert np.abs(here).max() > 1e-3
+    np.testing.assert_allclose(there, here[order], atol=1e-10, rtol=0)
+
+
 def test_other_carriers_move_the_centroid():
     centroids = evaluate(build(carriers={"H": 2}), ammonia())[WANNIER_CENTROID_KEY]
     assert (centroids[::4] == 0).all()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from test_networks import ALLEGRO, CUTOFF, WANNIER, ammonia
 from nnqmd_server.errors import DataError, InputError, OutputError, ProgramError
 from nnqmd_server.training import data
 from nnqmd_server.training.config import expand, read_config
+from nnqmd_server.training.plausibility import check_sizes
 from nnqmd_server.training.progress import COLUMNS, read_epochs
 
 ROOT = Path(__file__).parents[1]
@@ -78,27 +80,29 @@ def training_module(kind="EMASAMLightningModule", **more):
 
 
 @pytest.fixture(scope="module")
-def batches():
-    made = []
-    for k in range(4):
-        frames = [data.prepare(labelled(2 * k + i), ["N"]) for i in range(2)]
-        graphs = [
-            compute_neighborlist_(
-                ChemicalSpeciesToAtomTypeMapper(["N", "H"])(
-                    AtomicDataDict.with_batch_(from_ase(frame, include_keys=["wannier_centroid"]))
-                ),
-                CUTOFF,
-            )
-            for frame in frames
-        ]
-        made.append(AtomicDataDict.batched_from_list(graphs))
-    return made
+def graphs():
+    """Eight frames; every other one has four molecules instead of three."""
+    frames = [data.prepare(labelled(k, molecules=3 + k % 2), ["N"]) for k in range(8)]
+    return [
+        compute_neighborlist_(
+            ChemicalSpeciesToAtomTypeMapper(["N", "H"])(
+                AtomicDataDict.with_batch_(from_ase(frame, include_keys=["wannier_centroid"]))
+            ),
+            CUTOFF,
+        )
+        for frame in frames
+    ]
+
+
+@pytest.fixture(scope="module")
+def batches(graphs):
+    return [AtomicDataDict.batched_from_list(graphs[k : k + 2]) for k in range(0, 8, 2)]
 
 
 def run_trainer(module, batches, tmp_path, **more):
     trainer = lightning.Trainer(
-        accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, default_root_dir=tmp_path, **more,
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path, **({"max_epochs": 1} | more),
     )  # fmt: skip
     trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
     return [p.detach().clone() for p in module.model.parameters()], list(module.ema.ema_weights)
@@ -112,18 +116,20 @@ def gradient(module, batch):
     return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in module.model.parameters()]
 
 
-def textbook(module, batches, rho, clip):
-    """SAM with SGD, gradient clipping and a moving average, written out."""
+def textbook(module, batches, rho, clip, adaptive=False, sharp=lambda step: True):
+    """SAM with SGD, gradient clipping and a moving average, written out; ``sharp``: which steps, from 1."""
     weights = list(module.model.parameters())
     average = [w.detach().clone() for w in weights]
     for step, batch in enumerate(batches, start=1):
         with torch.no_grad():
             g = gradient_with_grad(module, batch)
-            length = torch.sqrt(sum((x**2).sum() for x in g))
             here = [w.clone() for w in weights]
-            for w, x in zip(weights, g, strict=True):
-                w += rho * x / length
-            g = gradient_with_grad(module, batch)
+            if sharp(step):
+                wide = [w.abs() if adaptive else torch.ones_like(w) for w in weights]
+                length = torch.sqrt(sum(((t * x) ** 2).sum() for t, x in zip(wide, g, strict=True)))
+                for w, x, t in zip(weights, g, wide, strict=True):
+                    w += rho * t * t * x / length
+                g = gradient_with_grad(module, batch)
             length = torch.sqrt(sum((x**2).sum() for x in g))
             factor = min(1.0, clip / (length + 1e-6))  # torch's clip_grad_norm_
             decay = min(0.9, (1 + step) / (10 + step))  # nequip's warm-up of the average
@@ -150,6 +156,51 @@ def test_sam_equals_the_textbook_step(batches, tmp_path):
     assert largest_difference(average, expected_average) < 1e-12
     plain, _ = run_trainer(training_module(rho=0.0), batches, tmp_path, gradient_clip_val=CLIP)
     assert largest_difference(weights, plain) > 1e-6  # the comparison above can fail
+
+
+def test_sam_on_two_processes_equals_the_textbook_step(graphs, batches, tmp_path):
+    """Each process has one frame of every batch; the frames differ in size."""
+    expected, expected_average = textbook(training_module(rho=RHO), batches, RHO, CLIP)
+    torch.save(graphs, tmp_path / "graphs.pt")
+    command = [sys.executable, str(ROOT / "tests/ddp_training.py"), "graphs.pt", "out.pt"]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    settings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=settings, check=False, timeout=250, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = torch.load(tmp_path / "out.pt")
+    first, _ = textbook(training_module(), batches[:1], RHO, CLIP)
+    assert largest_difference(found["first"], first) < 1e-12
+    # Sums in another order differ in the last bit, and three more steps amplify that.
+    assert largest_difference(found["weights"], expected) < 1e-9
+    assert largest_difference(found["average"], expected_average) < 1e-9
+
+
+def test_adaptive_sam_equals_the_textbook_step(batches, tmp_path):
+    expected, _ = textbook(training_module(), batches, 0.5, CLIP, adaptive=True)
+    weights, _ = run_trainer(
+        training_module(rho=0.5, adaptive=True), batches, tmp_path, gradient_clip_val=CLIP
+    )
+    assert largest_difference(weights, expected) < 1e-12
+    other, _ = textbook(training_module(), batches, 0.5, CLIP)
+    assert largest_difference(weights, other) > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("settings", "sharp"),
+    [
+        ({"sam_every": 3}, lambda step: step in (1, 4, 7)),
+        ({"sam_start_epoch": 1}, lambda step: step > 4),
+        ({"sam_start_epoch": 1, "sam_every": 2}, lambda step: step in (5, 7)),
+    ],
+)
+def test_some_steps_only_are_sharpness_aware(batches, tmp_path, settings, sharp):
+    """Two epochs of four batches."""
+    expected, _ = textbook(training_module(), batches * 2, RHO, CLIP, sharp=sharp)
+    module = training_module(rho=RHO, **settings)
+    weights, _ = run_trainer(module, batches, tmp_path, gradient_clip_val=CLIP, max_epochs=2)
+    assert largest_difference(weights, expected) < 1e-12
 
 
 def test_rho_zero_is_plain_training_to_the_last_bit(batches, tmp_path):
@@ -253,6 +304,112 @@ def test_force_limit_and_outliers():
         data.filter_forces(frames, 1e-6)
 
 
+def sensible(seed=0):
+    """A labelled frame whose numbers could be true."""
+    frame = labelled(seed)
+    frame.calc.results["stress"] = np.zeros(6)
+    return frame
+
+
+def in_bohr(atoms):
+    atoms.set_cell(atoms.cell.array / 0.529177, scale_atoms=True)
+
+
+def in_nanometres(atoms):
+    atoms.set_cell(atoms.cell.array / 10, scale_atoms=True)
+
+
+def atoms_on_each_other(atoms):
+    atoms.positions[1] = atoms.positions[0] + 0.2
+
+
+def large_force(atoms):
+    atoms.calc.results["forces"][3, 1] = -150.0
+
+
+def stress_in_gpa(atoms):
+    atoms.calc.results["stress"] = np.full(6, 4.0)
+
+
+def centroid_is_a_position(atoms):
+    atoms.arrays["wannier_centroid"][::4] += atoms.positions[::4] + 3.0
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (atoms_on_each_other, "closer than 0.4"),
+        (large_force, "force above 100"),
+        (stress_in_gpa, "stress that no solid has"),
+        (centroid_is_a_position, "centroid more than"),
+    ],
+)
+def test_impossible_labels_are_named(spoil, words):
+    frames = [sensible(k) for k in range(6)]
+    check_sizes(frames, range(6), ["N"])
+    spoil(frames[2])
+    spoil(frames[5])
+    with pytest.raises(DataError, match=r"Frames 12, 15 ") as caught:
+        check_sizes(frames, range(10, 16), ["N"])
+    assert words in caught.value.what
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize(("spoil", "words"), [(in_bohr, "look like bohr"), (in_nanometres, "nanometres")])
+def test_positions_in_another_unit_are_recognised(spoil, words):
+    frames = [sensible(k) for k in range(3)]
+    for frame in frames:
+        spoil(frame)
+    with pytest.raises(DataError) as caught:
+        check_sizes(frames, range(3))
+    assert words in caught.value.fix
+
+
+def following_frames(energy_unit=1.0, force_unit=1.0):
+    """A run in small steps with the energy and forces of springs between N and its H (eV, Angstrom)."""
+    base = sensible()
+    random = np.random.default_rng(3)
+    along = random.normal(scale=0.03, size=base.positions.shape)
+    frames = []
+    for k in range(8):
+        frame = base.copy()
+        frame.positions += along * k / 3
+        energy, forces = -80.0 * len(frame), np.zeros_like(frame.positions)
+        for n in range(0, len(frame), 4):
+            for h in range(n + 1, n + 4):
+                arm = frame.get_distance(n, h, mic=True, vector=True)
+                length = np.linalg.norm(arm)
+                energy += 20.0 * (length - 0.9) ** 2
+                force = 40.0 * (length - 0.9) * arm / length
+                forces[n] += force
+                forces[h] -= force
+        frame.calc = SinglePointCalculator(
+            frame, energy=energy * energy_unit, forces=forces * force_unit, stress=np.zeros(6)
+        )
+        frames.append(frame)
+    return frames
+
+
+def test_energies_and_forces_that_belong_together_pass():
+    check_sizes(following_frames(), range(8))
+
+
+@pytest.mark.parametrize(
+    ("energy_unit", "force_unit", "words"),
+    [
+        (1 / 27.2114, 1.0, "energies in hartree"),
+        (23.0605, 1.0, "kcal/mol"),
+        (96.4853, 1.0, "kJ/mol"),
+        (1.0, 1 / 51.42207, "forces in hartree/bohr"),
+        (1.0, -1.0, "gradients"),
+    ],
+)
+def test_energies_and_forces_in_other_units_are_recognised(energy_unit, force_unit, words):
+    with pytest.raises(DataError, match="first are frames 9 and 10") as caught:
+        check_sizes(following_frames(energy_unit, force_unit), range(5, 13))
+    assert words in caught.value.fix
+
+
 def test_split_is_chronological_in_every_run_and_does_not_overlap():
     groups = ["a"] * 12 + ["b"] * 14 + ["a"] * 3 + ["c"] * 10
     parts = data.split(groups, validation=0.1, test=0.16)
@@ -285,6 +442,7 @@ def test_shipped_data_split_as_the_card_says():
     config = read_config(SHIPPED)
     frames = data.read_frames(config.data)
     data.check(frames, config.elements, config.carriers)
+    check_sizes(frames, range(len(frames)), config.carriers)
     parts = data.split(data.groups_of(frames, config.split.group), config.split.validation, config.split.test)
     assert (len(parts.train), len(parts.validation), len(parts.test)) == (47, 5, 10)
 
@@ -307,6 +465,12 @@ def write_config(path, **changes):
         ({"training": {"epochs": 2.5}}, "epochs cannot be 2.5"),
         ({"training": {"rho": -1}}, "rho"),
         ({"elements": [False, "H"]}, "elements"),
+        ({"training": {"schedule": "cosinus"}}, "schedule"),
+        ({"training": {"sam_every": 0}}, "sam_every"),
+        ({"training": {"adaptive": 1}}, "adaptive cannot be 1"),
+        ({"training": {"gradient_clip": 0}}, "gradient_clip"),
+        ({"training": {"patience": 0}}, "patience"),
+        ({"training": {"batch_size": 3}, "processes": 2}, "shared by 2 processes"),
         ({"split": {"test": 0.9, "validation": 0.2}}, "fractions"),
         ({"loss": {"forces": 0}}, "positive"),
         ({"wannier": {"carriers": {"N": 8}, "ion_charges": {"N": 5}}}, "ion_charges"),
@@ -424,6 +588,185 @@ TINY = {
 }  # fmt: skip
 
 
+class Stop(lightning.Callback):
+    """Ends a training in the middle of an epoch, as a kill would."""
+
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.current_epoch == self.epoch:
+            raise KilledError
+
+
+class KilledError(Exception):
+    pass
+
+
+def run_nequip(directory, monkeypatch, stop=None, resume=False):
+    """nequip's own training script, in this process."""
+    from hydra.core.hydra_config import HydraConfig
+    from nequip.scripts.train import main
+    from omegaconf import OmegaConf
+
+    OmegaConf.clear_resolver("training_data_stats")
+    HydraConfig.instance().cfg = OmegaConf.create({"hydra": {"runtime": {"output_dir": str(directory)}}})
+    config = OmegaConf.load(directory / "config.yaml")
+    if stop is not None:
+        config.trainer.callbacks.append({"_target_": "test_training.Stop", "epoch": stop})
+    if resume:
+        config.ckpt_path = "last.ckpt"
+    monkeypatch.chdir(directory)
+    main.__wrapped__(config)
+
+
+def state_of(directory):
+    """Weights, moving average, optimiser, learning rates of a training that has ended."""
+    saved = torch.load(directory / "last.ckpt", weights_only=False)
+    optimizer = saved["optimizer_states"][0]["state"]
+    found = {f"adam {k} {name}": v for k, entry in optimizer.items() for name, v in entry.items()}
+    found |= {k: v for k, v in saved["state_dict"].items() if isinstance(v, torch.Tensor)}
+    return found, [saved["epoch"], saved["global_step"], saved["lr_schedulers"]]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "plateau"])
+def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path, monkeypatch, schedule):
+    """But for round-off: where arrays lie in memory decides in which order some sums are made."""
+    from nnqmd_server.training import train
+
+    write(tmp_path / "frames.xyz", [sensible(k) for k in range(10)], format="extxyz")
+    more = {"epochs": 5, "batch_size": 2, "rho": 0.01, "schedule": schedule, "sam_every": 2, "patience": 50}
+    config = write_config(tmp_path / "tiny.yaml", **(TINY | {"training": more}))
+    whole, parts = (train.prepare(config, tmp_path / name).directory for name in ("whole", "parts"))
+    run_nequip(whole, monkeypatch)
+    with pytest.raises(KilledError):
+        run_nequip(parts, monkeypatch, stop=2)
+    assert [e.epoch for e in read_epochs(parts / "epochs.csv")] == [0, 1]
+    run_nequip(parts, monkeypatch, resume=True)
+    columns = ("epoch", "learning_rate", "train_loss", "energy_rmse", "forces_rmse", "score")
+    one, other = (
+        [[getattr(e, c) for c in columns] for e in read_epochs(folder / "epochs.csv")]
+        for folder in (whole, parts)
+    )
+    assert len(one) == 5
+    np.testing.assert_allclose(other, one, rtol=1e-12, atol=0)
+    expected, counts = state_of(whole)
+    found, same_counts = state_of(parts)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-12, msg=name)
+    assert counts[:2] == same_counts[:2]
+    for name in ("last_epoch", "num_bad_epochs"):  # cosine has no bad epochs
+        assert counts[2][0].get(name) == same_counts[2][0].get(name), name
+
+
+def test_a_learning_rate_falls_along_the_schedule(tmp_path, monkeypatch):
+    from nnqmd_server.training import train
+
+    write(tmp_path / "frames.xyz", [sensible(k) for k in range(8)], format="extxyz")
+    more = {"epochs": 4, "batch_size": 4, "learning_rate": 0.01}
+    run = train.prepare(write_config(tmp_path / "t.yaml", **(TINY | {"training": more})), tmp_path / "run")
+    run_nequip(run.directory, monkeypatch)
+    rates = [e.learning_rate for e in read_epochs(run.directory / "epochs.csv")]
+    cosine = [1e-4 + (0.01 - 1e-4) * (1 + np.cos(np.pi * k / 4)) / 2 for k in range(4)]
+    assert rates == pytest.approx(cosine, rel=1e-9)
+
+
+def test_training_stops_early_where_nothing_gets_better(tmp_path, monkeypatch):
+    from nnqmd_server.training import train
+
+    write(tmp_path / "frames.xyz", [sensible(k) for k in range(8)], format="extxyz")
+    # so slow that the averaged weights do not change
+    more = {"epochs": 30, "batch_size": 4, "learning_rate": 1e-300, "patience": 2}
+    run = train.prepare(write_config(tmp_path / "t.yaml", **(TINY | {"training": more})), tmp_path / "run")
+    run_nequip(run.directory, monkeypatch)
+    assert len(read_epochs(run.directory / "epochs.csv")) == 3
+
+
+def test_a_read_out_on_a_frozen_backbone_leaves_energy_and_forces_alone(tmp_path, monkeypatch):
+    """The backbone is a model that was trained on other frames, and without a read-out."""
+    from nequip.model.saved_models.load_utils import load_saved_model
+
+    from nnqmd_server.training import train
+
+    write(tmp_path / "frames.xyz", [sensible(k) for k in range(8)], format="extxyz")
+    first = {k: v for k, v in TINY.items() if k != "wannier"}
+    run = train.prepare(write_config(tmp_path / "a.yaml", **first), tmp_path / "a").directory
+    run_nequip(run, monkeypatch)
+
+    write(tmp_path / "frames.xyz", [sensible(20 + k) for k in range(8)], format="extxyz")
+    wannier = TINY["wannier"] | {"backbone": "a/best.ckpt"}
+    more = {"epochs": 8, "batch_size": 2, "learning_rate": 0.01}
+    second = TINY | {"wannier": wannier, "training": more}
+    config = write_config(tmp_path / "b.yaml", **second)
+    plan = train.prepare(config, tmp_path / "b")
+    run_nequip(plan.directory, monkeypatch)
+    losses = [e.train_loss for e in read_epochs(plan.directory / "epochs.csv")]
+    assert losses[-1] < losses[0]
+    backbone, both = load_saved_model(run / "best.ckpt"), load_saved_model(plan.directory / "best.ckpt")
+    frame = ChemicalSpeciesToAtomTypeMapper(["N", "H"])(from_ase(ammonia(5)))
+    graph = compute_neighborlist_(frame, TINY["network"]["cutoff"])
+    one, other = backbone(graph.copy()), both(graph.copy())
+    for key in ("total_energy", "forces", "stress"):
+        assert torch.equal(one[key], other[key]), key
+    assert float(other["wannier_centroid"].detach().abs().max()) > 0
+
+    wrong = TINY | {"wannier": wannier, "network": TINY["network"] | {"cutoff": 3.0}}
+    with pytest.raises(InputError, match=r"backbone .* has r_max 3\.5"):
+        train.prepare(write_config(tmp_path / "c.yaml", **wrong), tmp_path / "c")
+
+
+def test_matrix_products_give_what_allegros_own_products_give(graphs):
+    from nnqmd_server.training import contraction
+
+    module = training_module()
+    batch = AtomicDataDict.batched_from_list(graphs[:2])
+    before = gradient(module, batch)
+    energy = module(batch.copy())["total_energy"].detach()
+    assert contraction.on(module.model) > 0
+    after = gradient(module, batch)
+    scale = max(float(g.abs().max()) for g in before)
+    assert largest_difference(before, after) < 1e-12 * scale
+    torch.testing.assert_close(module(batch.copy())["total_energy"].detach(), energy, rtol=1e-14, atol=0)
+    assert contraction.on(module.model) == 0
+    assert contraction.off(module.model) > 0
+
+
+def test_frames_are_prepared_once(tmp_path, monkeypatch):
+    from nnqmd_server.training import kept_frames
+
+    write(tmp_path / "f.xyz", [data.prepare(labelled(k)) for k in range(4)], format="extxyz")
+    calls = []
+
+    def transform(frame):
+        calls.append(1)
+        return frame | {"mark": torch.ones(3)}
+
+    frames = kept_frames.KeptFrames(str(tmp_path / "f.xyz"), transforms=[transform])
+    first = frames[[0, 1, 0, 3]]
+    again = frames[0:4]
+    assert len(calls) == 4
+    assert first[1]["mark"] is again[1]["mark"]
+    first[0]["pos"] = None  # a batch may change its dictionary
+    assert frames[0]["pos"] is not None
+    monkeypatch.setattr(kept_frames, "MOST_BYTES", 10)
+    small = kept_frames.KeptFrames(str(tmp_path / "f.xyz"), transforms=[transform])
+    assert len(small[[0, 0]]) == 2
+    assert len(calls) == 6  # no room: prepared each time
+
+
+def test_plain_training_from_the_same_file():
+    from nnqmd_server.training.config import plain
+
+    config = read_config(SHIPPED)
+    assert config.training.rho > 0
+    one, other = expand(config, 3), expand(plain(config), 3)
+    assert other["training_module"].pop("rho") == 0.0
+    assert one["training_module"].pop("rho") == config.training.rho
+    assert one == other
+    assert plain(config).name == f"{config.name}-plain"
+
+
 def test_train_command_from_frames_to_a_package(tmp_path):
     from typer.testing import CliRunner
 
@@ -454,12 +797,13 @@ def test_train_command_from_frames_to_a_package(tmp_path):
     package = run / "tiny.nequip.zip"
     assert str(tmp_path).encode() not in package.read_bytes()
     fresh = (
-        "import sys; from ase.io import read; from nnqmd_server.potentials.allegro import load; "
+        "import sys; sys.modules['nnqmd_server.training'] = None; "  # any import of it fails
+        "from ase.io import read; from nnqmd_server.potentials.allegro import load; "
         "from nnqmd_server.structures import from_ase; "
         f"p = load({str(package)!r}, compiled=False); "
         f"r = p.evaluate(from_ase([read({str(run / 'test.xyz')!r})])); "
         "assert r.atom_properties['wannier_centroid'].shape == (12, 3); "
-        "assert not [m for m in sys.modules if m.startswith('nnqmd_server.training')]"
+        "assert not [m for m in sys.modules if m.startswith('nnqmd_server.training.')]"
     )
     subprocess.run([sys.executable, "-c", fresh], check=True)
 

@@ -12,8 +12,8 @@ console = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 EXTRAS_HELP = (
-    "what i-PI gets as extras, as far as the model has it: dipole, charges, committee_pot, committee_force,"
-    " committee_virial"
+    "what i-PI gets as extras, as far as the model has it: dipole, BEC (Born charges), charges,"
+    " committee_pot, committee_force, committee_virial"
 )
 
 Restarts = Annotated[

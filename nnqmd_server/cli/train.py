@@ -8,11 +8,27 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nnqmd_server.cli.terminal import console
+from nnqmd_server.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from nnqmd_server.training.progress import Epoch
+
+
+EXAMPLES = """
+Examples:
+
+  nnqmd train examples/ammonia/small.yaml --out runs/ammonia
+
+  nnqmd train examples/ammonia/small.yaml --plain
+      plain Allegro from the same file, to compare with
+
+  nnqmd train examples/ammonia/small.yaml --out runs/ammonia --resume
+
+  nnqmd train my-nequip-config.yaml
+      a configuration of nequip's own (Hydra), used as it is
+"""
 
 
 def train(
@@ -24,26 +40,34 @@ def train(
         int | None, typer.Option(help="Epochs, instead of those in the configuration.", show_default=False)
     ] = None,
     resume: Annotated[bool, typer.Option(help="Continue a training that was interrupted.")] = False,
+    plain: Annotated[
+        bool,
+        typer.Option("--plain", help="Train without sharpness-aware steps (rho = 0), as NAME-plain."),
+    ] = False,
 ) -> None:
     """Train a network, package it, and write its model card with the errors on data it never saw.
 
-    Example: [bold]nnqmd train examples/ammonia/small.yaml --out runs/ammonia[/bold]
-
-    The configuration says what every key means. On a CPU, set OMP_NUM_THREADS to the number of cores to use.
+    The configuration says what every key means; `processes: 2` uses two cores of a CPU, or two GPUs. A
+    configuration of nequip's own is used as it is: its best checkpoint is packaged, without a card.
     """
     # The room imports torch; `nnqmd --help` must not wait for it.
     from nnqmd_server.training import train as training
+    from nnqmd_server.training.nequip_config import is_nequip_config
 
-    plan = training.prepare(config, out, epochs, resume)
+    if is_nequip_config(config):
+        if epochs is not None or plain:
+            raise InputError(
+                f"{config} is a configuration of nequip's own, which --epochs and --plain do not change.",
+                "Set trainer.max_epochs, or rho, in it.",
+            )
+        _train_with_nequip(config, out, resume)
+        return
+    plan = training.prepare(config, out, epochs, resume, plain)
     for warning in plan.warnings:
         console.print(f"Warning: {warning}", style="yellow")
     verb = "Continuing in" if plan.resumed else "Training in"
     console.print(f"{verb} {plan.directory} (log: trainer.log, one line per epoch: epochs.csv)")
-    try:
-        finished = _fit_with_bar(plan)
-    except KeyboardInterrupt:
-        console.print("Interrupted. The same command with --resume goes on from the last finished epoch.")
-        raise typer.Exit(130) from None
+    finished = _fit_with_bar(plan.config.training.epochs, lambda tell: training.fit(plan, tell))
     with console.status("Packaging the model"):
         package = training.package(plan)
     with console.status("Computing errors on unseen frames"):
@@ -51,10 +75,22 @@ def train(
     _show(card, package)
 
 
-def _fit_with_bar(plan) -> list[Epoch]:  # noqa: ANN001 - its type lives behind the import of torch
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+def _train_with_nequip(config: Path, out: Path | None, resume: bool) -> None:
+    from nnqmd_server.training import nequip_config
 
-    from nnqmd_server.training.train import fit
+    plan = nequip_config.prepare(config, out, resume)
+    verb = "Continuing in" if resume else "Training in"
+    console.print(f"{verb} {plan.directory} with nequip's configuration {config} (log: trainer.log)")
+    _fit_with_bar(plan.epochs, lambda tell: nequip_config.fit(plan, tell))
+    with console.status("Packaging the model"):
+        package, curve = nequip_config.finish(plan)
+    console.print(f"Model:          {package} ({package.stat().st_size / 1e6:.1f} MB)")
+    if curve is not None:
+        console.print(f"Learning curve: {curve}")
+
+
+def _fit_with_bar(total: int | None, fit: Callable[[Callable], list[Epoch]]) -> list[Epoch]:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
         TextColumn("epoch {task.completed}/{task.total}"),
@@ -63,14 +99,18 @@ def _fit_with_bar(plan) -> list[Epoch]:  # noqa: ANN001 - its type lives behind 
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, speed_estimate_period=300) as bar:
-        task = bar.add_task("", total=plan.config.training.epochs, state="starting")
+    try:
+        with Progress(*columns, console=console, speed_estimate_period=300) as bar:
+            task = bar.add_task("", total=total, state="starting")
 
-        def show(epochs: Sequence[Epoch]) -> None:
-            if epochs:
-                bar.update(task, completed=len(epochs), state=_state(epochs[-1]))
+            def show(epochs: Sequence[Epoch]) -> None:
+                if epochs:
+                    bar.update(task, completed=epochs[-1].epoch + 1, state=_state(epochs[-1]))
 
-        return fit(plan, show)
+            return fit(show)
+    except KeyboardInterrupt:
+        console.print("Interrupted. The same command with --resume goes on from the last finished epoch.")
+        raise typer.Exit(130) from None
 
 
 def _state(epoch: Epoch) -> str:

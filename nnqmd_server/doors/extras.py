@@ -32,6 +32,7 @@ class Extra:
 
 EXTRAS = {
     "dipole": Extra("dipole", of_atoms=False, rank=1, unit=BOHR),
+    "BEC": Extra("born_charges", of_atoms=True, rank=2, unit=1.0),
     "charges": Extra("charge", of_atoms=True, rank=0, unit=1.0),
     "committee_pot": Extra("committee_energy", of_atoms=False, rank=1, unit=HARTREE),
     "committee_force": Extra("committee_forces", of_atoms=True, rank=2, unit=HARTREE / BOHR),
@@ -95,8 +96,9 @@ def extras_of(results: Results, names: Sequence[str]) -> list[str]:
     """The text that i-PI gets for each structure of a force set; nothing when nothing was asked for.
 
     In i-PI's units (e bohr, e, hartree, hartree/bohr): ``dipole`` [3], ``charges`` [n_atoms],
-    ``committee_pot`` [n_members], ``committee_force`` [n_members][3 n_atoms], ``committee_virial``
-    [n_members][9].
+    ``BEC`` [3 n_atoms][3] (Born charges dM/dR: row of atom and displacement, column of the dipole, as i-PI's
+    driven dynamics takes them), ``committee_pot`` [n_members], ``committee_force`` [n_members][3 n_atoms],
+    ``committee_virial`` [n_members][9].
 
     Raises
     ------
@@ -135,6 +137,8 @@ def _values(results: Results, name: str) -> Array:
     values = property_of(results, extra) / extra.unit
     if extra.of_atoms:
         values = values.reshape(len(results), -1, *values.shape[1:])  # beads are of one size
+    if name == "BEC":
+        return values.swapaxes(2, 3).reshape(len(results), -1, 3)
     if name == "committee_force":
         values = values.swapaxes(1, 2)
     return values.reshape(*values.shape[:2], -1) if extra.rank > 1 else values

@@ -20,10 +20,11 @@ import torch
 from ase.data import atomic_numbers, chemical_symbols
 from nequip.data import AtomicDataDict
 
-from nnqmd_server.dipoles import total_dipoles
-from nnqmd_server.errors import InputError
+from nnqmd_server.dipoles import obey_sum_rule, structure_charges, total_dipoles
+from nnqmd_server.errors import InputError, ModelError
 from nnqmd_server.potentials import batch
-from nnqmd_server.potentials.base import Card, unknown_elements
+from nnqmd_server.potentials.base import BORN, Card, unknown_elements, with_born
+from nnqmd_server.potentials.born import WithBorn
 from nnqmd_server.potentials.centres import edges_of
 from nnqmd_server.potentials.forms import load_network
 from nnqmd_server.potentials.neighbours import Lists
@@ -31,8 +32,7 @@ from nnqmd_server.potentials.tensors import model_input
 from nnqmd_server.structures import Array, Results, Structures, join, plain
 
 CENTROID = "wannier_centroid"
-
-ATOM_FIELDS = (CENTROID, "born_charges")
+ATOM_FIELDS = (CENTROID, BORN)
 """What models may give for each atom, besides forces."""
 
 BYTES_PER_EDGE = 20_000
@@ -249,11 +249,16 @@ class Allegro:
         )
 
     def add_dipoles(self, structures: Structures, results: Results) -> None:
-        """Make the total dipoles from the centroids, where the model has these."""
-        if CENTROID in results.atom_properties and self.card.carriers:
+        """Make the total dipoles from the centroids, where the model has these; settle Born charges' sum."""
+        charges, carriers = self.card.ion_charges or {}, self.card.carriers
+        if CENTROID in results.atom_properties and carriers:
             results.properties["dipole"] = total_dipoles(
-                structures, results.atom_properties[CENTROID], self.card.ion_charges or {}, self.card.carriers
+                structures, results.atom_properties[CENTROID], charges, carriers
             )
+        if BORN in results.atom_properties and carriers:
+            total = structure_charges(structures, charges, carriers)
+            born = obey_sum_rule(results.atom_properties[BORN], structures.offsets, total)
+            results.atom_properties[BORN] = born
 
     def _evaluate_part(self, part: batch.Part) -> Results:
         if self._device.type == "cuda":
@@ -311,7 +316,11 @@ def _virial(stress: Array, structures: Structures) -> Array:
 
 
 def load(
-    path: str | Path, device: str = "cpu", compiled: bool = True, precision: str | None = None
+    path: str | Path,
+    device: str = "cpu",
+    compiled: bool = True,
+    precision: str | None = None,
+    born: bool = False,
 ) -> Allegro:
     """Load a model of any form.
 
@@ -328,11 +337,21 @@ def load(
         Compile it for this machine (cached); eager when there is no compiler.
     precision : str, optional
         "float32", "float64" or "tf32"; as it was trained unless given.
+    born : bool
+        Give Born charges too, with every evaluation; the model is then not compiled.
 
     Raises
     ------
     ModelError
         The file is missing, is not a model, cannot be loaded, or cannot have this precision.
     """
-    model, card, form = load_network(Path(path), device, compiled, precision)
+    model, card, form = load_network(Path(path), device, compiled and not born, precision)
+    if born:
+        if not isinstance(model, torch.nn.Module) or form.startswith(("compiled", "TorchScript")):
+            raise ModelError(
+                f"Born charges need a network that can be differentiated; {card.name} is {form}.",
+                "Give the packaged model (.nequip.zip).",
+            )
+        model = WithBorn(model, card).to(device).eval()
+        card = with_born(card)
     return Allegro(model, card, device, form)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -61,6 +61,15 @@ class Card:
     def as_dict(self) -> dict:
         """As plain JSON types."""
         return asdict(self)
+
+
+BORN = "born_charges"
+"""The property of atoms that holds Born charges [e], shape (n_atoms, 3, 3)."""
+
+
+def with_born(card: Card) -> Card:
+    """The card of the same model when it gives Born charges too."""
+    return replace(card, properties=(*card.properties, BORN))
 
 
 def unknown_elements(card: Card, symbols: Sequence[str]) -> UnknownElementError:

@@ -16,7 +16,7 @@ from types import ModuleType
 
 from nnqmd_server.errors import InputError, ModelError
 from nnqmd_server.potentials import sources
-from nnqmd_server.potentials.base import Card, Potential
+from nnqmd_server.potentials.base import Card, Potential, with_born
 from nnqmd_server.potentials.package import PRECISIONS, file_hash, with_precision
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -98,7 +98,8 @@ def words_of(source: str) -> tuple[str, tuple[str, ...]]:
     ----------
     source : str
         ``FILE@float64``, ``FILE@float32`` or ``FILE@tf32`` for a model that is to compute in another
-        precision than it was trained in; an interpreter, see :func:`interpreter_of`, may follow.
+        precision than it was trained in, ``FILE@born`` for Born charges with every evaluation (not compiled
+        then); both may be said, and an interpreter, see :func:`interpreter_of`, may follow.
 
     Raises
     ------
@@ -111,10 +112,10 @@ def words_of(source: str) -> tuple[str, tuple[str, ...]]:
         head, at, tail = source.rpartition("@")
         if not at or "/" in tail:
             break
-        if tail not in PRECISIONS or words:
+        if tail not in {*PRECISIONS, "born"} or any((tail == "born") == (word == "born") for word in words):
             raise InputError(
                 f"{'@'.join([tail, *words])} is not a precision.",
-                f"After @ give one of {', '.join(PRECISIONS)}: full=model.nequip.zip@float64.",
+                f"After @ give one of {', '.join(PRECISIONS)}, and born: full=model.nequip.zip@float64.",
             )
         words.insert(0, tail)
         source = head
@@ -150,7 +151,14 @@ def card_of(source: str) -> Card | None:
     if sources.is_prefixed(bare):
         return sources.card_of(bare, card_of)
     source, words = words_of(source)
-    return None if _PYTHON.fullmatch(source) else with_precision(source, *(words or (None,)))
+    if _PYTHON.fullmatch(source):
+        return None
+    card = with_precision(source, _precision(words))
+    return with_born(card) if "born" in words else card
+
+
+def _precision(words: Iterable[str]) -> str | None:
+    return next((word for word in words if word != "born"), None)
 
 
 def absolute(source: str) -> str:
@@ -244,7 +252,7 @@ def load(source: str, device: str = "cpu", compiled: bool = True) -> Potential:
     if python is None:
         from nnqmd_server.potentials.allegro import load as load_allegro
 
-        return load_allegro(source, device, compiled, *words)
+        return load_allegro(source, device, compiled, _precision(words), "born" in words)
     try:
         maker = getattr(_module(python["module"]), python["maker"])
         return maker(device)

@@ -86,20 +86,20 @@ class Polarizabilities:
         return replace(self, polarizability=self.polarizability[first:])
 
 
-def read_dipoles(path: Path, timestep: float) -> Dipoles:
-    """Dipoles that the force door wrote during a run.
+def read_dipoles(path: Path, timestep: float | None = None) -> Dipoles:
+    """Dipoles that the force door wrote during a run, or `nnqmd dipole` after it.
 
     Parameters
     ----------
     path : Path
         ``dipoles.h5``; force set 0 is the initial configuration and force set k is step k.
     timestep : float
-        Molecular-dynamics time step [fs].
+        Molecular-dynamics time step [fs]; a file of `nnqmd dipole` says its interval itself.
 
     Raises
     ------
     DataError
-        Not such a file, another version, another unit, missing force sets, too few force sets.
+        Not such a file, no time step, another version, another unit, missing force sets, too few force sets.
     """
     import h5py
 
@@ -121,12 +121,18 @@ def read_dipoles(path: Path, timestep: float) -> Dipoles:
                     f"The dipoles in {path} are in {unit!r}, not {DIPOLE_UNIT!r}.",
                     f"Convert them and set the attribute unit = {DIPOLE_UNIT!r}.",
                 )
+            timestep = float(file.attrs.get("interval_fs", timestep or 0.0))
             force_set, dipole, cell = (np.asarray(file[k]) for k in ("force_set", "dipole", "cell"))
     except (OSError, KeyError) as error:
         raise DataError(
             f"{path} is not a readable dipole file ({error}).",
             "If the run was killed while writing, use a copy from before, or run again.",
         ) from error
+    if not timestep > 0:
+        raise DataError(
+            f"{path} does not say the time between its force sets.",
+            "Give the folder of the run, whose input.xml says it.",
+        )
     if len(force_set) < MINIMUM_FRAMES:
         raise DataError(
             f"{path} holds {len(force_set)} force sets; a spectrum needs at least {MINIMUM_FRAMES}.",

@@ -226,11 +226,11 @@ def _range_row(name: str, r: Mapping[str, Any]) -> str:
 
 
 def _settings(config: TrainingConfig) -> dict[str, Any]:
-    """The configuration as plain types, the data file by its name alone."""
-    plain = asdict(config) | {"data": config.data.name}
+    """The configuration as plain types, files by their names alone."""
+    plain = asdict(config)
     for key in ("notes", "not_for"):
         del plain[key]
-    return json.loads(json.dumps(plain))
+    return json.loads(json.dumps(plain, default=lambda path: Path(path).name))
 
 
 def _parameter_count(package: Path) -> int:

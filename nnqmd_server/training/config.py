@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -11,6 +13,11 @@ import yaml
 
 from nnqmd_server.errors import InputError
 from nnqmd_server.units import GPA
+
+SCORE = "val0_epoch/weighted_sum"
+"""The validation score that chooses the packaged epoch, in nequip's name."""
+
+SCHEDULES = ("cosine", "plateau", "constant")
 
 
 @dataclass(frozen=True)
@@ -24,11 +31,18 @@ class SplitChoice:
 
 @dataclass(frozen=True)
 class Wannier:
-    """Wannier centroids: what carries them, and the ion charges that make dipoles of them."""
+    """Wannier centroids: what carries them, and the ion charges that make dipoles of them.
+
+    ``centres`` is a file with all centres (atoms X in the same frames); they are then assigned to the
+    carriers. ``backbone`` is a trained model whose network stays as it is while the read-out alone is
+    trained.
+    """
 
     carriers: dict[str, float]
     ion_charges: dict[str, float]
     hidden_width: int = 32
+    centres: Path | None = None
+    backbone: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -62,9 +76,14 @@ class Optimization:
     epochs: int = 300
     batch_size: int = 4
     learning_rate: float = 0.005
+    schedule: str = "cosine"
     rho: float = 0.005
+    adaptive: bool = False
+    sam_start_epoch: int = 0
+    sam_every: int = 1
     ema_decay: float = 0.99
     gradient_clip: float | None = None
+    patience: int | None = None
     seed: int = 1
 
 
@@ -80,6 +99,8 @@ class TrainingConfig:
     elements: tuple[str, ...]
     max_force: float | None = None
     device: str = "auto"
+    processes: int = 1
+    tensorboard: bool = False
     split: SplitChoice = field(default_factory=SplitChoice)
     wannier: Wannier | None = None
     network: Network = field(default_factory=Network)
@@ -110,30 +131,37 @@ def read_config(path: Path) -> TrainingConfig:
         raise InputError(f"{path} is not valid YAML: {error}", "Correct it at the place named.") from error
     config = _build(TrainingConfig, raw, path.name)
     _validate(config)
-    return replace(config, data=(path.parent / config.data).resolve())
+    wannier = config.wannier
+    if wannier:
+        files = {name: getattr(wannier, name) for name in ("centres", "backbone")}
+        found = {name: (path.parent / file).resolve() for name, file in files.items() if file is not None}
+        wannier = replace(wannier, **found)
+    return replace(config, data=(path.parent / config.data).resolve(), wannier=wannier)
 
 
-def expand(config: TrainingConfig, epochs: int) -> dict[str, Any]:
-    """Expand to nequip's own (Hydra) configuration; file names are relative to the run directory."""
+def plain(config: TrainingConfig) -> TrainingConfig:
+    """The same training without sharpness-aware steps; its name gets the ending ``-plain``."""
+    return replace(config, name=f"{config.name}-plain", training=replace(config.training, rho=0.0))
+
+
+def expand(
+    config: TrainingConfig, epochs: int, statistics: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Expand to nequip's own (Hydra) configuration; file names are relative to the run directory.
+
+    ``statistics`` are those of the data of a backbone, instead of those of these data.
+    """
     opt = config.training
-    loader = {"_target_": "torch.utils.data.DataLoader", "batch_size": opt.batch_size, "num_workers": 0}
+    each = opt.batch_size // config.processes
+    loader = {"_target_": "torch.utils.data.DataLoader", "batch_size": each, "num_workers": 0}
     return {
         "run": ["train"],
         "data": {
-            "_target_": "nequip.data.datamodule.ASEDataModule",
+            "_target_": "nnqmd_server.training.kept_frames.FramesModule",
             "seed": opt.seed,
-            "train_file_path": "train.xyz",
-            "val_file_path": "val.xyz",
-            "test_file_path": "test.xyz",
-            "ase_args": {"format": "extxyz"},
-            **({"include_keys": ["wannier_centroid"]} if config.wannier else {}),
-            "transforms": [
-                {
-                    "_target_": "nequip.data.transforms.ChemicalSpeciesToAtomTypeMapper",
-                    "model_type_names": list(config.elements),
-                },
-                {"_target_": "nequip.data.transforms.NeighborListTransform", "r_max": config.network.cutoff},
-            ],
+            "train_dataset": _frames(config, "train.xyz"),
+            "val_dataset": _frames(config, "val.xyz"),
+            "test_dataset": _frames(config, "test.xyz"),
             "train_dataloader": {**loader, "shuffle": True},
             "val_dataloader": loader,
             "test_dataloader": loader,
@@ -144,57 +172,122 @@ def expand(config: TrainingConfig, epochs: int) -> dict[str, Any]:
             },
         },
         "trainer": _trainer(config, epochs),
-        "training_module": _training_module(config, epochs),
+        "training_module": _training_module(config, epochs, statistics or {}),
     }
 
 
-def _trainer(config: TrainingConfig, epochs: int) -> dict[str, Any]:
+def _frames(config: TrainingConfig, file: str) -> dict[str, Any]:
     return {
-        "_target_": "lightning.Trainer",
-        "accelerator": config.device,
-        "devices": 1,
-        "max_epochs": epochs,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "gradient_clip_val": config.training.gradient_clip,
-        "logger": False,
-        "callbacks": [
+        "_target_": "nnqmd_server.training.kept_frames.KeptFrames",
+        "file_path": file,
+        "ase_args": {"format": "extxyz"},
+        **({"include_keys": ["wannier_centroid"]} if config.wannier else {}),
+        "transforms": [
             {
-                "_target_": "lightning.pytorch.callbacks.ModelCheckpoint",
-                "monitor": "val0_epoch/weighted_sum",
-                "dirpath": ".",
-                "filename": "best",
-                "enable_version_counter": False,
-                "save_last": True,
+                "_target_": "nequip.data.transforms.ChemicalSpeciesToAtomTypeMapper",
+                "model_type_names": list(config.elements),
             },
-            {"_target_": "nnqmd_server.training.progress.EpochLog", "path": "epochs.csv"},
+            {"_target_": "nequip.data.transforms.NeighborListTransform", "r_max": config.network.cutoff},
         ],
     }
 
 
-def _training_module(config: TrainingConfig, epochs: int) -> dict[str, Any]:
+def _trainer(config: TrainingConfig, epochs: int) -> dict[str, Any]:
+    callbacks = [
+        {
+            "_target_": "lightning.pytorch.callbacks.ModelCheckpoint",
+            "monitor": SCORE,
+            "dirpath": ".",
+            "filename": "best",
+            "enable_version_counter": False,
+        },
+        {
+            # `save_last` of the other one would keep the last epoch that was the best, not the last epoch
+            "_target_": "lightning.pytorch.callbacks.ModelCheckpoint",
+            "dirpath": ".",
+            "filename": "last",
+            "enable_version_counter": False,
+            "every_n_epochs": 1,
+            "save_on_train_epoch_end": True,
+        },
+        {"_target_": "nnqmd_server.training.progress.EpochLog", "path": "epochs.csv"},
+    ]
+    if config.training.patience is not None:
+        callbacks.append(
+            {
+                "_target_": "lightning.pytorch.callbacks.EarlyStopping",
+                "monitor": SCORE,
+                "patience": config.training.patience,
+            }
+        )
+    tensorboard = {
+        "_target_": "lightning.pytorch.loggers.TensorBoardLogger",
+        "save_dir": ".",
+        "name": "tensorboard",
+        "version": "",
+    }
+    strategy = {"strategy": {"_target_": "nequip.train.SimpleDDPStrategy"}} if config.processes > 1 else {}
+    return {
+        "_target_": "lightning.Trainer",
+        "accelerator": config.device,
+        "devices": config.processes,
+        **strategy,
+        "max_epochs": epochs,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": 1,
+        "gradient_clip_val": config.training.gradient_clip,
+        "logger": tensorboard if config.tensorboard else False,
+        "callbacks": callbacks,
+    }
+
+
+def _schedule(opt: Optimization, epochs: int) -> dict[str, Any]:
+    lowest = opt.learning_rate / 100
+    if opt.schedule == "plateau":
+        scheduler = {
+            "_target_": "torch.optim.lr_scheduler.ReduceLROnPlateau",
+            "factor": 0.5,
+            "patience": 20,
+            "min_lr": lowest,
+        }
+        return {"scheduler": scheduler, "monitor": SCORE, "interval": "epoch", "frequency": 1}
+    scheduler = (
+        {
+            "_target_": "torch.optim.lr_scheduler.CosineAnnealingLR",
+            "T_max": epochs,
+            "eta_min": lowest,
+        }
+        if opt.schedule == "cosine"
+        else {"_target_": "torch.optim.lr_scheduler.ConstantLR", "factor": 1.0}
+    )
+    return {"scheduler": scheduler, "interval": "epoch", "frequency": 1}
+
+
+def _training_module(config: TrainingConfig, epochs: int, statistics: Mapping[str, Any]) -> dict[str, Any]:
     opt = config.training
     validation = {"_target_": "nequip.train.MetricsManager", "metrics": _validation_metrics(config)}
+    kind = "nnqmd_server.training.sam.EMASAMLightningModule"
+    frozen = {}
+    if config.wannier and config.wannier.backbone:
+        kind, frozen = "nnqmd_server.training.frozen.FrozenBackboneModule", {"backbone": "backbone.pt"}
     return {
-        "_target_": "nnqmd_server.training.sam.EMASAMLightningModule",
+        "_target_": kind,
+        **frozen,
         "rho": opt.rho,
+        "adaptive": opt.adaptive,
+        "sam_start_epoch": opt.sam_start_epoch,
+        "sam_every": opt.sam_every,
+        "cpu_matmul": True,
         "ema_decay": opt.ema_decay,
         "loss": {"_target_": "nequip.train.MetricsManager", "metrics": _loss_terms(config)},
         "val_metrics": validation,
         "test_metrics": validation,
         # Loss terms are tiny in eV, and so are the gradients: Adam's usual eps would slow the last epochs.
         "optimizer": {"_target_": "torch.optim.Adam", "lr": opt.learning_rate, "eps": 1e-12},
-        "lr_scheduler": {
-            "scheduler": {
-                "_target_": "torch.optim.lr_scheduler.CosineAnnealingLR",
-                "T_max": epochs,
-                "eta_min": opt.learning_rate / 100,
-            },
-            "interval": "epoch",
-            "frequency": 1,
-        },
-        "model": _model(config),
+        "lr_scheduler": _schedule(opt, epochs),
+        "model": _model(config) | statistics,
     }
 
 
@@ -249,7 +342,9 @@ def _fields(config: TrainingConfig) -> list[tuple[str, Any, float]]:
         ("stress", "stress", aims.stress * GPA),
     ]
     if config.wannier:
-        trained.append(("wannier_centroid", "wannier_centroid", aims.wannier_centroid))
+        centroid = ("wannier_centroid", "wannier_centroid", aims.wannier_centroid)
+        # On a frozen backbone nothing else can change.
+        trained = [centroid] if config.wannier.backbone else [*trained, centroid]
     return trained
 
 
@@ -309,7 +404,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             if isinstance(value, bool) or number != float(value):
                 raise ValueError(value)
             return number
-        if kind is str and not isinstance(value, str):
+        if (kind is str and not isinstance(value, str)) or (kind is bool and not isinstance(value, bool)):
             raise ValueError(value)
         if getattr(kind, "__origin__", None) is dict:
             return {_text(k): float(v) for k, v in value.items()}
@@ -329,6 +424,10 @@ def _text(value: Any) -> str:
     return value
 
 
+def _has_tensorboard() -> bool:
+    return any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX"))
+
+
 def _validate(config: TrainingConfig) -> None:
     def require(true: bool, what: str, fix: str) -> None:
         if not true:
@@ -344,6 +443,26 @@ def _validate(config: TrainingConfig) -> None:
     )
     require(opt.rho >= 0, "rho cannot be negative.", "Use 0 for plain training, 0.005 to begin with.")
     require(opt.learning_rate > 0, "learning_rate must be positive.", "0.005 is usual.")
+    require(
+        opt.schedule in SCHEDULES, f"schedule is {opt.schedule!r}.", f"Use one of {', '.join(SCHEDULES)}."
+    )
+    require(
+        opt.sam_every >= 1 and opt.sam_start_epoch >= 0,
+        "sam_every must be 1 or more, sam_start_epoch 0 or more.",
+        "1 and 0 make every step sharpness-aware.",
+    )
+    require(opt.gradient_clip is None or opt.gradient_clip > 0, "gradient_clip must be positive.", "Or null.")
+    require(opt.patience is None or opt.patience >= 1, "patience must be 1 epoch or more.", "Or null.")
+    require(
+        config.processes >= 1 and opt.batch_size % config.processes == 0,
+        f"batch_size {opt.batch_size} cannot be shared by {config.processes} processes.",
+        "batch_size counts the frames of a step over all processes: make it a multiple of `processes`.",
+    )
+    require(
+        not config.tensorboard or _has_tensorboard(),
+        "tensorboard is asked for, and no package can write its files.",
+        "Install it (pip install tensorboard), or set tensorboard: false; epochs.csv is always written.",
+    )
     require(0 <= opt.ema_decay < 1, "ema_decay must lie in [0, 1).", "0.99 is usual.")
     require(
         0 < parts.validation < 1 and 0 < parts.test < 1 and parts.validation + parts.test < 1,

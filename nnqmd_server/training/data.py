@@ -18,6 +18,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 
 from nnqmd_server.errors import DataError
+from nnqmd_server.training.frame_numbers import refuse
 
 WANNIER_CENTROID = "wannier_centroid"
 LABELS = ("energy", "forces", "stress")
@@ -66,34 +67,34 @@ def check(frames: Sequence[Atoms], elements: Sequence[str], carriers: Iterable[s
         Names the frames, counted from 0, and what to do.
     """
     carriers = tuple(carriers)
-    _refuse(
+    refuse(
         [k for k, frame in enumerate(frames) if set(frame.get_chemical_symbols()) - set(elements)],
         f"elements other than {', '.join(elements)}",
         "Add them to `elements`, or remove these frames.",
     )
-    _refuse(
+    refuse(
         [k for k, frame in enumerate(frames) if not frame.pbc.all() or frame.cell.rank < 3],
         "no periodic cell",
         "Put molecules into a periodic box; stress and neighbour lists need one.",
     )
     for label in LABELS:
-        _refuse(
+        refuse(
             [k for k, frame in enumerate(frames) if label not in _results(frame)],
             f"no {label}",
             "Label these frames, or remove them. extxyz needs the keys energy, forces and stress.",
         )
     if carriers:
-        _refuse(
+        refuse(
             [k for k, frame in enumerate(frames) if WANNIER_CENTROID not in frame.arrays],
             f"no {WANNIER_CENTROID}",
             "Add this array (3 columns, Angstrom, relative to its atom), or remove the section `wannier`.",
         )
-    _refuse(
+    refuse(
         [k for k, frame in enumerate(frames) if not _all_finite(frame, carriers)],
         "numbers that are NaN or infinite",
         "Look at the calculations behind these frames; label them again or remove them.",
     )
-    _refuse(
+    refuse(
         _duplicates(frames),
         "the same structure as an earlier frame",
         "Remove the repeats: they would stand in the training and the test set at once.",
@@ -158,7 +159,7 @@ def groups_of(frames: Sequence[Atoms], key: str) -> list[str]:
     """The run of every frame: ``frame.info[key]``; without that key all frames are one run."""
     missing = [k for k, frame in enumerate(frames) if key not in frame.info]
     if missing and len(missing) < len(frames):
-        _refuse(missing, f"no {key!r}", "Name the run of every frame, or of none.")
+        refuse(missing, f"no {key!r}", "Name the run of every frame, or of none.")
     return [str(frame.info.get(key, "all")) for frame in frames]
 
 
@@ -218,11 +219,3 @@ def _duplicates(frames: Sequence[Atoms]) -> list[int]:
             repeated.append(k)
         seen.add(digest)
     return repeated
-
-
-def _refuse(bad: Sequence[int], what: str, fix: str) -> None:
-    if bad:
-        listed = ", ".join(str(k) for k in bad[:12]) + (f" and {len(bad) - 12} more" if len(bad) > 12 else "")
-        noun = "Frame" if len(bad) == 1 else "Frames"
-        verb = "has" if len(bad) == 1 else "have"
-        raise DataError(f"{noun} {listed} (counted from 0) {verb} {what}.", fix)

@@ -55,21 +55,30 @@ class EpochLog(lightning.Callback):
         self.path = Path(path)
         self._seconds_before = 0.0
         self._begun = 0.0
+        self._rate = 0.0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Keep the epochs that the checkpoint includes; begin the clock."""
         done = [e for e in read_epochs(self.path) if e.epoch < trainer.current_epoch]
+        self._begun = time.monotonic()
+        if done:
+            _catch_up(trainer, done[-1].score)
+        if not trainer.is_global_zero:
+            return
         with self.path.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(COLUMNS)
             writer.writerows([getattr(e, name) for name in COLUMNS] for e in done)
         self._seconds_before = done[-1].seconds if done else 0.0
-        self._begun = time.monotonic()
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Remember the learning rate: when the epoch ends, the scheduler has made its step."""
+        self._rate = float(trainer.optimizers[0].param_groups[0]["lr"])
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Write the line of this epoch; stop a training that has diverged."""
         logged = trainer.callback_metrics
-        # the module logs its own epoch loss only after this hook
+        # The module logs its own epoch loss only after this hook. All processes take part in this sum.
         loss = float(pl_module.loss.compute()["weighted_sum"])
         if not math.isfinite(loss):
             raise RuntimeError(
@@ -77,22 +86,31 @@ class EpochLog(lightning.Callback):
                 "lower learning_rate or rho, or set gradient_clip"
             )
 
-        def value(key: str) -> float:
-            return float(logged.get(key, torch.tensor(float("nan"))))
+        if not trainer.is_global_zero:
+            return
+
+        def value(*names: str) -> float:
+            found = (logged[f"val0_epoch/{name}"] for name in names if f"val0_epoch/{name}" in logged)
+            return float(next(found, torch.tensor(float("nan"))))
 
         row = [
             trainer.current_epoch,
             self._seconds_before + time.monotonic() - self._begun,
-            trainer.optimizers[0].param_groups[0]["lr"],
+            self._rate,
             loss,
-            *(
-                value(f"val0_epoch/{name}_rmse")
-                for name in ("energy", "forces", "stress", "wannier_centroid")
-            ),
-            value("val0_epoch/weighted_sum"),
+            value("energy_rmse", "per_atom_energy_rmse"),  # ours, and what nequip's own metrics are called
+            *(value(f"{name}_rmse") for name in ("forces", "stress", "wannier_centroid")),
+            value("weighted_sum"),
         ]
         with self.path.open("a", newline="") as file:
             csv.writer(file).writerow(row)
+
+
+def _catch_up(trainer: lightning.Trainer, score: float) -> None:
+    """Show a plateau scheduler the last score: a checkpoint is written before the scheduler sees it."""
+    for entry in trainer.lr_scheduler_configs:
+        if entry.reduce_on_plateau and entry.scheduler.last_epoch < trainer.current_epoch and score == score:
+            entry.scheduler.step(score)
 
 
 def read_epochs(path: Path) -> list[Epoch]:

@@ -7,11 +7,12 @@ line per epoch (epochs.csv), checkpoints, the packaged model, its card and the l
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,16 @@ from ase import Atoms
 from nnqmd_server.errors import DataError, InputError, OutputError, ProgramError
 from nnqmd_server.potentials.package import PACKAGE_SUFFIX, file_hash
 from nnqmd_server.training import data
-from nnqmd_server.training.config import TrainingConfig, expand, read_config
+from nnqmd_server.training.centres import assign_centres, read_centres
+from nnqmd_server.training.config import TrainingConfig, expand, plain, read_config
+from nnqmd_server.training.plausibility import check_sizes
 from nnqmd_server.training.progress import Epoch, read_epochs
 
 POLL = 0.5
 """Time between looks at the trainer [s]."""
+
+STATISTICS = "backbone.json"
+"""In the run directory: what the backbone took from its own data."""
 
 LOG_TAIL = 12
 """Lines of a failed program's log that its error shows."""
@@ -48,7 +54,11 @@ class Plan:
 
 
 def prepare(
-    config_path: Path, directory: Path | None = None, epochs: int | None = None, resume: bool = False
+    config_path: Path,
+    directory: Path | None = None,
+    epochs: int | None = None,
+    resume: bool = False,
+    without_sam: bool = False,
 ) -> Plan:
     """Check configuration and data, and lay out the run directory.
 
@@ -62,13 +72,17 @@ def prepare(
         Instead of the configured number.
     resume
         Continue the training that the directory holds.
+    without_sam
+        Train plainly, whatever rho the configuration has.
 
     Raises
     ------
-    InputError, DataError, OutputError
+    InputError, DataError, ModelError, OutputError
         Before anything is computed.
     """
     config = read_config(config_path)
+    if without_sam:
+        config = plain(config)
     if epochs is not None:
         if epochs < 1:
             raise InputError(f"{epochs} epochs cannot be trained.", "Ask for 1 or more.")
@@ -84,14 +98,19 @@ def prepare(
             "Continue the training there with --resume, or choose another --out.",
         )
     frames = data.read_frames(config.data)
+    if config.wannier and config.wannier.centres:
+        frames = assign_centres(frames, read_centres(config.wannier.centres), config.wannier.carriers)
     data.check(frames, config.elements, config.carriers)
     kept, left_out = data.filter_forces(frames, config.max_force)
+    check_sizes([frames[k] for k in kept], kept, config.carriers)
     parts = _split(config, frames, kept)
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        if config.wannier and config.wannier.backbone:
+            _take_backbone(config, directory)
         data.write_sets(frames, parts, directory, config.carriers, config.split.group)
         shutil.copy(config_path, directory / "training.yaml")
-        (directory / "config.yaml").write_text(_as_yaml(config))
+        (directory / "config.yaml").write_text(_as_yaml(config, directory))
         split = {"data_sha256": file_hash(config.data), **asdict(parts), "left_out": left_out}
         (directory / "split.json").write_text(json.dumps(split, indent=1) + "\n")
     except OSError as error:
@@ -115,14 +134,59 @@ def fit(plan: Plan, on_epoch: Callable[[Sequence[Epoch]], None] = lambda epochs:
         If the trainer fails; with the end of its log.
     """
     # File names are relative to the run directory, so that no package carries this machine's paths.
-    command = [sys.executable, "-m", "nequip.scripts.train", "-cp", str(plan.directory), "-cn", "config"]
-    command += ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=stdout"]
-    if plan.resumed:
-        command.append("++ckpt_path=last.ckpt")
-    table = plan.directory / "epochs.csv"
-    log = plan.directory / "trainer.log"
-    with log.open("a" if plan.resumed else "w") as output:
-        process = subprocess.Popen(command, cwd=plan.directory, stdout=output, stderr=subprocess.STDOUT)
+    settings = {}
+    if plan.config.processes > 1:
+        # Each process would take all cores.
+        settings["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // plan.config.processes))
+    more = ["hydra.output_subdir=null"]
+    config = plan.directory / "config.yaml"
+    return follow(plan.directory, config, plan.directory, more, plan.resumed, on_epoch, settings)
+
+
+def follow(
+    directory: Path,
+    config: Path,
+    present: Path,
+    overrides: Sequence[str],
+    resumed: bool,
+    on_epoch: Callable[[Sequence[Epoch]], None],
+    settings: Mapping[str, str],
+) -> list[Epoch]:
+    """Run nequip's trainer on a configuration of its own and watch ``epochs.csv`` of the run directory grow.
+
+    Parameters
+    ----------
+    directory
+        Run directory: log, checkpoints, epochs.csv.
+    config
+        Hydra's YAML file.
+    present
+        The present directory of the trainer, to which the configuration's file names are relative.
+    overrides
+        Further words for Hydra.
+    resumed
+        Go on from last.ckpt.
+    on_epoch
+        Called with all finished epochs whenever there are more of them.
+    settings
+        Environment variables that are set unless the user has.
+
+    Raises
+    ------
+    ProgramError
+        If the trainer fails; with the end of its log.
+    """
+    command = [sys.executable, "-m", "nequip.scripts.train", "-cp", str(config.parent), "-cn", config.stem]
+    where = "." if present == directory else str(directory)
+    command += [f"hydra.run.dir='{where}'", "hydra/job_logging=stdout", *overrides]
+    if resumed:
+        command.append(f"++ckpt_path='{'last.ckpt' if present == directory else directory / 'last.ckpt'}'")
+    table = directory / "epochs.csv"
+    log = directory / "trainer.log"
+    with log.open("a" if resumed else "w") as output:
+        process = subprocess.Popen(
+            command, cwd=present, env={**settings, **os.environ}, stdout=output, stderr=subprocess.STDOUT
+        )
         try:
             seen = 0
             while process.poll() is None:
@@ -147,20 +211,31 @@ def fit(plan: Plan, on_epoch: Callable[[Sequence[Epoch]], None] = lambda epochs:
 
 def package(plan: Plan) -> Path:
     """Package the best checkpoint (its averaged weights) as a ``.nequip.zip`` file."""
-    log = plan.directory / "package.log"
-    draft = plan.directory / f"draft{PACKAGE_SUFFIX}"
-    command = [sys.executable, "-m", "nequip.scripts.package", "build", "best.ckpt", draft.name]
+    return package_checkpoint(plan.directory / "best.ckpt", plan.package, plan.directory)
+
+
+def package_checkpoint(checkpoint: Path, target: Path, present: Path) -> Path:
+    """Package a checkpoint; ``present`` is the directory that its file names are relative to.
+
+    Raises
+    ------
+    ProgramError
+        If nequip cannot; with the end of its log.
+    """
+    log = target.parent / "package.log"
+    draft = target.with_name(f"draft{PACKAGE_SUFFIX}")
+    command = [sys.executable, "-m", "nequip.scripts.package", "build", str(checkpoint), str(draft)]
+    if present == target.parent == checkpoint.parent:  # a package keeps no paths of this machine
+        command[-2:] = [checkpoint.name, draft.name]
     with log.open("w") as output:
-        done = subprocess.run(
-            command, cwd=plan.directory, stdout=output, stderr=subprocess.STDOUT, check=False
-        )
+        done = subprocess.run(command, cwd=present, stdout=output, stderr=subprocess.STDOUT, check=False)
     if done.returncode != 0 or not draft.is_file():
         raise ProgramError(
             f"The model could not be packaged. The end of {log}:\n{_tail(log)}",
-            "The checkpoint best.ckpt stands; mend what the log names and run again with --resume.",
+            f"The checkpoint {checkpoint.name} stands; mend what the log names and run again with --resume.",
         )
-    draft.replace(plan.package)
-    return plan.package
+    draft.replace(target)
+    return target
 
 
 def describe(plan: Plan, epochs: Sequence[Epoch]) -> dict[str, Any]:
@@ -183,14 +258,37 @@ def _split(config: TrainingConfig, frames: Sequence[Atoms], kept: Sequence[int])
     return data.Split(*(tuple(kept[k] for k in part) for part in (parts.train, parts.validation, parts.test)))
 
 
-def _as_yaml(config: TrainingConfig) -> str:
-    return yaml.safe_dump(expand(config, config.training.epochs), sort_keys=False)
+def _take_backbone(config: TrainingConfig, directory: Path) -> None:
+    from nnqmd_server.training.frozen import save_backbone
+
+    assert config.wannier is not None
+    assert config.wannier.backbone is not None
+    found, statistics = save_backbone(config.wannier.backbone, directory / "backbone.pt")
+    (directory / STATISTICS).write_text(json.dumps(statistics, indent=1) + "\n")
+    wanted = {
+        "type_names": " ".join(config.elements),
+        "model_dtype": config.network.precision,
+        "r_max": config.network.cutoff,
+    }
+    for name, value in wanted.items():
+        theirs = float(found[name]) if name == "r_max" else found[name]
+        if theirs != value:
+            raise InputError(
+                f"The backbone {config.wannier.backbone} has {name} {theirs}, this configuration {value}.",
+                "Under `network` and `elements` give what the backbone was trained with (its card says it).",
+            )
+
+
+def _as_yaml(config: TrainingConfig, directory: Path) -> str:
+    file = directory / STATISTICS
+    statistics = json.loads(file.read_text()) if file.is_file() else None
+    return yaml.safe_dump(expand(config, config.training.epochs, statistics), sort_keys=False)
 
 
 def _check_unchanged(plan: Plan) -> None:
     """A checkpoint carries its own settings: a changed configuration would be ignored silently."""
     present = (plan.directory / "config.yaml").read_text()
-    if present != _as_yaml(plan.config):
+    if present != _as_yaml(plan.config, plan.directory):
         raise InputError(
             f"The configuration differs from the one that the training in {plan.directory} began with.",
             "Put it back (training.yaml there is a copy; mind --epochs), or train afresh in another --out.",

@@ -26,6 +26,9 @@ Examples:
 
   nnqmd spectrum ir runs/ammonia --experiment measured.csv --experiment-unit cm^-1
 
+  nnqmd spectrum ir dipoles.h5 --temperature 300
+      what `nnqmd dipole` made of any trajectory
+
   nnqmd spectrum ir runs/water --charges O=-0.82,H=0.41
       fixed charges times velocities, for a run without dipoles
 """

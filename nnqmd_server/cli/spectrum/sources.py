@@ -281,6 +281,8 @@ def dipoles(run: Run, extras: str, unit: str, tell: Callable[[float], None]) -> 
     """Dipoles that i-PI wrote as extras, or that the force door wrote during a run."""
     from nnqmd_server.spectra.dipole_files import read_dipole_extras, read_dipoles
 
+    if run.plan is None and not extras:
+        return read_dipoles(run.path)
     plan = _needs_folder(run)
     if extras:
         cells = next(velocities(run).blocks(1)).cells
