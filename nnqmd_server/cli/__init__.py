@@ -11,7 +11,7 @@ import sys
 import typer
 
 from nnqmd_server import __version__
-from nnqmd_server.cli import keys, model, replay, run, serve, spectrum, status, train, worker
+from nnqmd_server.cli import keys, label, model, replay, run, serve, spectrum, status, train, worker
 from nnqmd_server.cli.terminal import console, show_error
 from nnqmd_server.doors.mpi_job import end_job, has_joined, started_by_mpiexec
 from nnqmd_server.errors import NnqmdError
@@ -24,6 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("train")(train.train)
+app.command("label", epilog=label.EXAMPLES)(label.label)
 app.command("serve", epilog=serve.EXAMPLES)(serve.serve)
 app.command("worker", epilog=worker.EXAMPLES)(worker.worker)
 app.command("keys", epilog=keys.EXAMPLES)(keys.keys)
