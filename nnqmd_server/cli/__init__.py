@@ -11,7 +11,7 @@ import sys
 import typer
 
 from nnqmd_server import __version__
-from nnqmd_server.cli import keys, label, model, replay, run, serve, spectrum, status, train, worker
+from nnqmd_server.cli import data, keys, label, model, replay, run, serve, spectrum, status, train, worker
 from nnqmd_server.cli.terminal import console, show_error
 from nnqmd_server.doors.mpi_job import end_job, has_joined, started_by_mpiexec
 from nnqmd_server.errors import NnqmdError
@@ -33,6 +33,7 @@ app.command("status", epilog=status.STATUS_EXAMPLES)(status.status)
 app.command("top", epilog=status.TOP_EXAMPLES)(status.top)
 app.command("replay", epilog=replay.EXAMPLES)(replay.replay)
 app.add_typer(spectrum.app, name="spectrum")
+app.add_typer(data.app, name="data")
 app.add_typer(model.app, name="model")
 
 
