@@ -28,7 +28,7 @@ Examples:
 
   nnqmd data convert deepmd/system.000 --elements "N H" --out train.xyz
 
-  nnqmd data convert old.xyz --keys energy=E,forces=F --units energy=hartree,forces=hartree/bohr --out train.xyz
+  nnqmd data convert old.xyz --keys energy=E,forces=F --units energy=hartree,forces=hartree/bohr
 
   nnqmd data convert md/ --format dpdata:cp2k/aimd_output --out train.xyz
 """

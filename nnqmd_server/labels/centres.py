@@ -171,14 +171,14 @@ def add_centres(frame: Atoms, centres: Array, carriers: Sequence[str], where: tu
     owner = distance.argmin(axis=0)
     counts = np.bincount(owner, minlength=len(at))
     for element in set(frame.numbers[at].tolist()):
-        mine = counts[frame.numbers[at] == element]
-        if mine.min() != mine.max():
-            odd = int(at[frame.numbers[at] == element][np.argmax(mine != np.bincount(mine).argmax())])
+        kind = np.flatnonzero(frame.numbers[at] == element)
+        least, most = kind[counts[kind].argmin()], kind[counts[kind].argmax()]
+        if counts[least] != counts[most]:
             raise bad_frame(
                 path,
                 number,
-                f"gives {counts[list(at).index(odd)]} Wannier centres to atom {odd} "
-                f"({chemical_symbols[element]}), but {np.bincount(mine).argmax()} to most of its kind",
+                f"gives {counts[most]} Wannier centres to {chemical_symbols[element]} atom {at[most]}, but "
+                f"{counts[least]} to {chemical_symbols[element]} atom {at[least]}",
                 "Look at the localisation; with centres between two atoms, name all --carriers.",
             )
     others = np.setdiff1d(np.arange(len(frame)), at)

@@ -211,11 +211,14 @@ def _cell(path: Path, text: str) -> Array:
     # CP2K prints the components with three decimals, lengths and angles with six
     rows = _CELL.findall(text)[:3]
     angles = [float(x) for x in _ANGLE.findall(text)[:3]]
-    if len(rows) != 3 or len(angles) != 3:
+    if len(rows) != 3:
         raise bad_frame(path, 0, "does not print the cell", "Use PRINT_LEVEL MEDIUM or LOW in CP2K's input.")
     scale = _unit(path, "cell", rows[0][0], _LENGTHS)
     printed = np.array([[_number(x) for x in row[1:4]] for row in rows])
-    exact = cellpar_to_cell([float(row[4]) for row in rows] + angles)
+    lengths = np.array([float(row[4]) for row in rows])
+    if len(angles) != 3:
+        return printed * (lengths / np.linalg.norm(printed, axis=1))[:, None] * scale
+    exact = cellpar_to_cell([*lengths, *angles])
     if np.abs(exact - printed).max() > 6e-4:
         # turned away from a along x: the rotation that fits the printed components (Kabsch)
         left, _, right = np.linalg.svd(exact.T @ printed)

@@ -22,9 +22,13 @@ from pathlib import Path
 from ase import Atoms
 from ase.calculators.calculator import CalculatorError
 
-from nnqmd_server.errors import NnqmdError
+from nnqmd_server.errors import NnqmdError, ProgramError
 from nnqmd_server.labels.codes import Code
 from nnqmd_server.labels.store import Store
+
+
+START = 600.0
+"""Longest time for a worker process to import its code [s]."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class _Worker:
     process: multiprocessing.process.BaseProcess
     pipe: Connection
     log: Path
+    ready: bool = False
     job: Job | None = None
     since: float = 0.0
 
@@ -77,21 +82,33 @@ def label_all(
     ------
     Done
         As frames are finished, in any order.
+
+    Raises
+    ------
+    ProgramError
+        A worker process cannot begin.
     """
     context = multiprocessing.get_context("spawn")  # a fork would copy threads and open files
     todo = list(reversed(jobs))
     crew: list[_Worker] = []
     try:
         crew += [_start(context, number, code, store, keep) for number in range(min(workers, len(jobs)))]
-        for worker in crew:
-            _give(worker, todo)
-        while any(worker.job for worker in crew):
-            ready = wait([worker.pipe for worker in crew if worker.job], timeout=1.0)
+        while todo or any(worker.job for worker in crew):
+            waited = [worker.pipe for worker in crew if worker.job or not worker.ready]
+            answered = wait(waited, timeout=1.0)
             for number, worker in enumerate(crew):
+                if worker.pipe in answered and not worker.ready:
+                    _receive_ready(worker)
+                    _give(worker, todo)
+                    continue
+                if not worker.ready and time.monotonic() - worker.since > START:
+                    raise ProgramError(
+                        f"A worker process did not start within {START:g} s.", f"Look at {worker.log}."
+                    )
                 if worker.job is None:
                     continue
                 done = None
-                if worker.pipe in ready:
+                if worker.pipe in answered:
                     done = _answer(worker)
                 elif time.monotonic() - worker.since > limit:
                     done = f"it took longer than {limit:g} s"
@@ -103,11 +120,12 @@ def label_all(
                 if done:
                     store.fail(key, done)
                     _set_aside(store, key)
-                if not worker.process.is_alive():
+                if worker.process.is_alive():
+                    _give(worker, todo)
+                else:
                     _end(worker)
                     if todo:
-                        crew[number] = worker = _start(context, number, code, store, keep)
-                _give(worker, todo)
+                        crew[number] = _start(context, number, code, store, keep)
                 yield Done(key, done, seconds)
     finally:
         for worker in crew:
@@ -122,11 +140,24 @@ def _start(
     process = context.Process(target=_work, args=(there, code, store, log, keep), daemon=True)
     process.start()
     there.close()
-    return _Worker(process, here, log)
+    return _Worker(process, here, log, since=time.monotonic())
+
+
+def _receive_ready(worker: _Worker) -> None:
+    """A worker that cannot even begin would fail for every frame: nothing is marked as failed."""
+    try:
+        worker.pipe.recv_bytes()
+    except (EOFError, OSError) as error:
+        worker.process.join(10)
+        raise ProgramError(
+            f"A worker process did not start: {_last_line(worker.log) or 'it says nothing'}.",
+            f"Look at {worker.log}.",
+        ) from error
+    worker.ready = True
 
 
 def _give(worker: _Worker, todo: list[Job]) -> None:
-    if todo and worker.process.is_alive():
+    if todo:
         worker.job, worker.since = todo.pop(), time.monotonic()
         with contextlib.suppress(OSError):  # one that has just died is noticed at its pipe
             worker.pipe.send(worker.job)
@@ -185,7 +216,8 @@ def _work(pipe: Connection, code: Code, store: Store, log: Path, keep: bool) -> 
     with log.open("wb", buffering=0) as stream:  # whatever libraries print, Fortran's included
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
-    labeller = None
+    labeller = code.prepare()
+    pipe.send_bytes(b"ready")  # the time for a frame begins when everything is imported
     while True:
         try:
             job: Job = pipe.recv()
@@ -196,7 +228,6 @@ def _work(pipe: Connection, code: Code, store: Store, log: Path, keep: bool) -> 
         try:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            labeller = labeller or code.prepare()
             frame = labeller(job.atoms, folder)
             made_by = {"label_code": code.name, "label_key": job.key}
             frame.info = {**job.atoms.info, **frame.info, **made_by}

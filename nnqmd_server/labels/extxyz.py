@@ -133,7 +133,7 @@ def _frame(
                 path,
                 number,
                 f"has no {keys.get(name, name)!r}",
-                f"Say what it is called with --keys {name}=NAME; there are {', '.join(there) or 'no labels'}.",
+                f"Say what it is called with --keys {name}=NAME; there is {', '.join(there) or 'none'}.",
             )
     scaled = {
         name: None if value is None else np.asarray(value, dtype=float) * units.get(name, 1.0)

@@ -24,8 +24,8 @@ _MOST = 1_000_000
 def read_structures(paths: Sequence[Path], skip: int = 0, every: int = 1, group: str = "") -> list[Atoms]:
     """Structures of some files, each with the run that it belongs to and a name.
 
-    Bead files of one run (``simulation.pos_0.xyz``, ``simulation.pos_1.xyz``, ...) are one run, in the order
-    of time, so that a split in time keeps the beads of a step together.
+    Bead files (``simulation.pos_0.xyz``, ``simulation.pos_1.xyz``, ...) are one run, named after its folder
+    and in the order of time, so that a split in time keeps the beads of a step together.
 
     Parameters
     ----------
@@ -45,10 +45,11 @@ def read_structures(paths: Sequence[Path], skip: int = 0, every: int = 1, group:
     """
     found: list[tuple[int, int, Atoms]] = []
     runs: dict[str, int] = {}
+    taken: dict[str, Path] = {}
     for path in paths:
-        frames = _ipi(path) if _is_ipi(path) else _ase(path)
-        bead = _BEAD.fullmatch(path.stem)
-        run = bead[1] if bead else path.stem
+        of_ipi = _is_ipi(path)
+        frames = _ipi(path) if of_ipi else _ase(path)
+        run = _run_name(path, of_ipi, taken)
         for number in range(skip, len(frames), every):
             atoms = frames[number]
             name = group or str(atoms.info.get(GROUP, run))
@@ -63,7 +64,8 @@ def read_structures(paths: Sequence[Path], skip: int = 0, every: int = 1, group:
                     "The run has failed there: leave these frames out.",
                 )
             plain = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=True)
-            plain.info = {GROUP: name, SOURCE: str(atoms.info.get(SOURCE, f"{path.stem}_f{number:06d}"))}
+            own = f"{run}_{path.stem}" if of_ipi else path.stem
+            plain.info = {GROUP: name, SOURCE: str(atoms.info.get(SOURCE, f"{own}_f{number:06d}"))}
             found.append((runs.setdefault(name, len(runs)), number, plain))
             if len(found) > _MOST:
                 raise DataError(f"More than {_MOST} frames were given.", "Take fewer with --every.")
@@ -71,6 +73,19 @@ def read_structures(paths: Sequence[Path], skip: int = 0, every: int = 1, group:
         raise DataError("No frames are left to label.", "Lower --skip and --every, or give other files.")
     found.sort(key=lambda item: item[:2])  # stable: beads of a step stay in the order of the files
     return [atoms for _, _, atoms in found]
+
+
+def _run_name(path: Path, of_ipi: bool, taken: dict[str, Path]) -> str:
+    """The folder of an i-PI run, which all its beads share; otherwise the name of the file."""
+    bead = _BEAD.fullmatch(path.stem)
+    folder = path.resolve().parent
+    name = folder.name if of_ipi else path.stem
+    home = folder / (bead[1] if of_ipi and bead else path.stem)
+    if taken.setdefault(name, home) != home:
+        # another file of this name, or another output of this run
+        name = f"{folder.name}_{home.name}"
+        taken.setdefault(name, home)
+    return name
 
 
 def _is_ipi(path: Path) -> bool:
