@@ -26,7 +26,6 @@ from nnqmd_server.errors import NnqmdError, ProgramError
 from nnqmd_server.labels.codes import Code
 from nnqmd_server.labels.store import Store
 
-
 START = 600.0
 """Longest time for a worker process to import its code [s]."""
 
