@@ -23,6 +23,7 @@ from ase.calculators.calculator import Calculator
 
 from nnqmd_server.errors import InputError, ProgramError
 from nnqmd_server.labels import cp2k_run
+from nnqmd_server.labels.centres import ESTIMATOR
 from nnqmd_server.labels.cp2k_input import FORCES, K_LENGTH, WANNIER, read_template, shipped
 from nnqmd_server.labels.frames import labelled
 
@@ -86,7 +87,7 @@ class Cp2k:
     def identity(self, atoms: Atoms) -> str:
         """The inputs as CP2K would get them, and how centres are made of the output."""
         inputs = cp2k_run.inputs(atoms, self.forces, self.wannier, self.k_length, cp2k_run.STRIDES[0])
-        return json.dumps([self.name, *inputs, self.carriers if self.wannier else None])
+        return json.dumps([self.name, *inputs, [ESTIMATOR, *self.carriers] if self.wannier else None])
 
     def settings(self) -> dict[str, Any]:
         """For the provenance file."""
