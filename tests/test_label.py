@@ -110,10 +110,12 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     path, log, out = prepare(tmp_path, *marks)
     command = [sys.executable, "-m", "nnqmd_server", "label", str(path), "--workers", "1", "--out", str(out)]
     command += ["--with", f"{MAKER},log={log},seconds=0.5"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as process:
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         kept = tmp_path / "labels.work/frames"
         deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and len(list(kept.glob("[!.]*.xyz"))) < 2:
+        while (
+            process.poll() is None and time.monotonic() < deadline and len(list(kept.glob("[!.]*.xyz"))) < 2
+        ):
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
         process.wait()
