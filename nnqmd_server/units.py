@@ -30,6 +30,9 @@ AMU_A2_PER_FS2 = _c.value("atomic mass constant") * 1e10 / _c.elementary_charge
 EV_PER_INVCM = _c.h * _c.c * 100 / _c.elementary_charge
 """1 cm^-1 in eV."""
 
+KCAL_PER_MOL = 4184.0 / (_c.N_A * _c.elementary_charge)
+"""1 kcal/mol (thermochemical) in eV."""
+
 MEV_PER_INVCM = 1e3 * EV_PER_INVCM
 """1 cm^-1 in meV."""
 

@@ -11,7 +11,21 @@ import sys
 import typer
 
 from nnqmd_server import __version__
-from nnqmd_server.cli import bench, dipole, keys, model, replay, run, serve, spectrum, status, train, worker
+from nnqmd_server.cli import (
+    bench,
+    data,
+    dipole,
+    keys,
+    label,
+    model,
+    replay,
+    run,
+    serve,
+    spectrum,
+    status,
+    train,
+    worker,
+)
 from nnqmd_server.cli.terminal import console, show_error
 from nnqmd_server.doors.mpi_job import end_job, has_joined, started_by_mpiexec
 from nnqmd_server.errors import NnqmdError
@@ -24,6 +38,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("train", epilog=train.EXAMPLES)(train.train)
+app.command("label", epilog=label.EXAMPLES)(label.label)
 app.command("serve", epilog=serve.EXAMPLES)(serve.serve)
 app.command("worker", epilog=worker.EXAMPLES)(worker.worker)
 app.command("keys", epilog=keys.EXAMPLES)(keys.keys)
@@ -34,6 +49,7 @@ app.command("top", epilog=status.TOP_EXAMPLES)(status.top)
 app.command("replay", epilog=replay.EXAMPLES)(replay.replay)
 app.command("dipole", epilog=dipole.EXAMPLES)(dipole.dipole)
 app.add_typer(spectrum.app, name="spectrum")
+app.add_typer(data.app, name="data")
 app.add_typer(model.app, name="model")
 
 
