@@ -11,7 +11,7 @@ import sys
 import typer
 
 from nnqmd_server import __version__
-from nnqmd_server.cli import keys, model, replay, run, serve, spectrum, status, train, worker
+from nnqmd_server.cli import fidelity, keys, model, replay, run, serve, spectrum, status, train, worker
 from nnqmd_server.cli.terminal import console, show_error
 from nnqmd_server.doors.mpi_job import end_job, has_joined, started_by_mpiexec
 from nnqmd_server.errors import NnqmdError
@@ -28,6 +28,7 @@ app.command("serve", epilog=serve.EXAMPLES)(serve.serve)
 app.command("worker", epilog=worker.EXAMPLES)(worker.worker)
 app.command("keys", epilog=keys.EXAMPLES)(keys.keys)
 app.command("run", epilog=run.EXAMPLES)(run.run)
+app.command("fidelity", epilog=fidelity.EXAMPLES)(fidelity.fidelity)
 app.command("status", epilog=status.STATUS_EXAMPLES)(status.status)
 app.command("top", epilog=status.TOP_EXAMPLES)(status.top)
 app.command("replay", epilog=replay.EXAMPLES)(replay.replay)

@@ -1,8 +1,8 @@
 """When a simulation has failed: five criteria, each with its unit. Light: loaded inside i-PI, no torch.
 
 The published time to failure of Allegro-Legato is the step at which the temperature, looked at every ten
-steps, differs from the set-point by more than 100 K (docs/fidelity.md). That one is here as it was; the others see a
-collapse earlier and name it.
+steps, differs from the set-point by more than 100 K (docs/fidelity.md). That one is here as it was; the
+others see a collapse earlier and name it.
 """
 
 from __future__ import annotations

@@ -31,7 +31,9 @@ STRIDE = 10
 """Steps between two temperatures, as published."""
 
 _CHECKPOINT = 500
-_PES = '"""Loaded by i-PI: the direct door with a watch (nnqmd fidelity)."""\n\nfrom nnqmd_server.fidelity.watched import *\n'
+_PES = """# Loaded by i-PI: the direct door with a watch (nnqmd fidelity).
+from nnqmd_server.fidelity.watched import *
+"""
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,8 @@ def write_input(folder: Path, structure: Atoms, case: Case, protocol: Protocol) 
         f"""<simulation verbosity='medium' safe_stride='100'>
   <output prefix='run'>
     <properties filename='out' stride='{STRIDE}'>
-      [ step, time{{femtosecond}}, temperature{{kelvin}}, potential{{electronvolt}}, conserved{{electronvolt}} ]
+      [ step, time{{femtosecond}}, temperature{{kelvin}}, potential{{electronvolt}},
+        conserved{{electronvolt}} ]
     </properties>
     <checkpoint filename='chk' stride='{_CHECKPOINT}' overwrite='True'/>
   </output>

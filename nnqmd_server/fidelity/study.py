@@ -1,4 +1,4 @@
-"""A study: many simulations over one pool, and the file of their results, which a stopped study goes on from."""
+"""A study: many simulations over one pool, and the file of results from which a stopped one goes on."""
 
 from __future__ import annotations
 
@@ -303,4 +303,3 @@ def by_series(records: Sequence[Record]) -> list[Runs]:
             )
         )
     return series
-

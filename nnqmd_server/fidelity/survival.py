@@ -1,4 +1,4 @@
-"""Times to failure as survival analysis sees them: log t = a - beta log N + W / k, with runs that did not fail.
+"""Times to failure against the number of atoms: log t = a - beta log N + W / k, with runs that did not fail.
 
 A run that reached its last step tells that its time to failure is longer; leaving such runs out, or taking
 their length for a time to failure, would bias both t and beta. So the likelihood has the density of those
@@ -155,8 +155,8 @@ def _checked(times: Array, failed: Array, atoms: Array) -> tuple[Array, Array, A
     sizes = len(set(atoms[failed].tolist()))
     if failed.sum() < 3 or sizes < 2:
         raise DataError(
-            f"{int(failed.sum())} of {len(times)} runs failed, at {sizes} {'size' if sizes == 1 else 'sizes'}:"
-            " too few for a slope against N.",
+            f"{int(failed.sum())} of {len(times)} runs failed, at {sizes} of the sizes: too few for a slope"
+            " against N.",
             "Run longer (--steps), at a higher temperature, or more seeds.",
         )
     return times, failed, atoms
@@ -263,12 +263,12 @@ def bootstrap(
     seed: int = 0,
     tell: Callable[[float], None] | None = None,
 ) -> Interval:
-    """Bootstrap-t interval for beta: data drawn from the fitted law, censored as the real runs were, refitted.
+    """Bootstrap-t interval for beta: data drawn from the fitted law, censored as the runs were, refitted.
 
-    Resampling the runs themselves would need many runs of every size: with few, sizes without a failure come
-    up, and the intervals are too short (see docs/fidelity.md for the measured coverage). The law is drawn from
-    instead, and (beta* - beta) is taken in units of its own standard error, which hardly depends on
-    the true parameters (Davison and Hinkley, Bootstrap Methods and their Application, sections 2.4 and 7.3).
+    Resampling the runs themselves needs many of every size. The law is drawn from instead, and
+    (beta* - beta) is taken in units of its own standard error, whose distribution hardly depends on the
+    true parameters (Davison and Hinkley, Bootstrap Methods and their Application, sections 2.4 and 7.3).
+    docs/fidelity.md has the measured coverage.
 
     Parameters
     ----------

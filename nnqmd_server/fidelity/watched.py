@@ -1,7 +1,7 @@
 """The direct door with a watch on it: every force set is judged, and i-PI ends softly at the first failure.
 
-Loaded by i-PI in the folder of a run, where ``criteria.json`` says what counts and ``failure.json`` is written.
-Steps count from the first force set of this process.
+Loaded by i-PI in the folder of a run, where ``criteria.json`` says what counts and ``failure.json`` is
+written. Steps count from the first force set of this process.
 """
 
 from __future__ import annotations
