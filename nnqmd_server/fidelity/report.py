@@ -59,9 +59,9 @@ def analyse(
     try:
         found = fit(*data, distribution)
         other = fit(*data, "exponential" if distribution == "weibull" else "weibull")
+        intervals = bootstrap(found, *data, runs.limits, LEVELS, replicates, tell=tell)
     except DataError as error:
         return Series(runs, sizes, None, (), None, f"{error.what} {error.fix}", criteria)
-    intervals = tuple(bootstrap(found, *data, runs.limits, level, replicates, tell=tell) for level in LEVELS)
     return Series(runs, sizes, found, intervals, other, "", criteria)
 
 

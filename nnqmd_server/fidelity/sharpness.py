@@ -2,7 +2,8 @@
 
 The published proxy adds N(0, 0.05) to every weight and averages the rise of the training loss over 100 draws
 (measure_sharpness.py of Allegro-Legato). Here the noise is relative: epsilon times the root mean square of
-the tensor that a weight stands in, so that networks whose weights have another scale are compared alike. In the networks of Allegro 0.8 weights are of order one and both are nearly the same.
+the tensor that a weight stands in, so that networks whose weights have another scale are compared alike.
+In the networks of Allegro 0.8 weights are of order one, and both are nearly the same.
 """
 
 from __future__ import annotations

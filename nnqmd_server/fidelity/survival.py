@@ -12,7 +12,7 @@ maximum; it runs for many data sets at once, which the bootstrap needs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -192,6 +192,7 @@ def _maximise(y: Array, failed: Array, x: Array, free_shape: bool) -> _Maxima:
     # z = k y - p + q x, linear in the parameters
     design = np.stack([-np.ones_like(y), x, y], axis=-1)
     count = 3 if free_shape else 2
+    columns = design[..., :count]
     theta = np.zeros((len(y), 3))
     theta[:, 2] = 1.0
     # the exponential law without a slope: rate = failures / time
@@ -200,10 +201,9 @@ def _maximise(y: Array, failed: Array, x: Array, free_shape: bool) -> _Maxima:
     converged = np.zeros(len(y), dtype=bool)
     hessian = np.zeros((len(y), count, count))
     for _ in range(_ITERATIONS):
-        z = np.clip(np.einsum("bni,bi->bn", design, theta), -700, 700)
-        risk = np.exp(z)
-        gradient = np.einsum("bn,bni->bi", weight - risk, design)[:, :count]
-        hessian = np.einsum("bn,bni,bnj->bij", risk, design[..., :count], design[..., :count])
+        risk = np.exp(np.clip((design @ theta[..., None])[..., 0], -700, 700))
+        gradient = ((weight - risk)[:, None] @ columns)[:, 0]
+        hessian = (columns * risk[..., None]).transpose(0, 2, 1) @ columns
         if free_shape:
             gradient[:, 2] += deaths / theta[:, 2]
             hessian[:, 2, 2] += deaths / theta[:, 2] ** 2
@@ -221,7 +221,7 @@ def _maximise(y: Array, failed: Array, x: Array, free_shape: bool) -> _Maxima:
 
 
 def _value(design: Array, theta: Array, weight: Array, deaths: Array) -> Array:
-    z = np.einsum("bni,bi->bn", design, theta)
+    z = (design @ theta[..., None])[..., 0]
     with np.errstate(over="ignore"):
         return (weight * z - np.exp(z)).sum(axis=1) + deaths * np.log(theta[:, 2])
 
@@ -258,12 +258,12 @@ def bootstrap(
     failed: Array,
     atoms: Array,
     limits: Array,
-    level: float = 0.95,
+    levels: Sequence[float] = (0.68, 0.95),
     replicates: int = 2000,
     seed: int = 0,
     tell: Callable[[float], None] | None = None,
-) -> Interval:
-    """Bootstrap-t interval for beta: data drawn from the fitted law, censored as the runs were, refitted.
+) -> tuple[Interval, ...]:
+    """Bootstrap-t intervals for beta: data drawn from the fitted law, censored as the runs were, refitted.
 
     Resampling the runs themselves needs many of every size. The law is drawn from instead, and
     (beta* - beta) is taken in units of its own standard error, whose distribution hardly depends on the
@@ -278,8 +278,8 @@ def bootstrap(
         As for :func:`fit`.
     limits : Array
         How long each run would have lasted without failing [unit of the times], shape (n_runs,).
-    level : float
-        Confidence level.
+    levels : sequence of float
+        Confidence levels.
     replicates : int
         Data sets that are drawn.
     seed : int
@@ -299,13 +299,17 @@ def bootstrap(
         if tell:
             tell((first + size) / replicates)
     t = np.concatenate(quotients)
-    low, high = np.quantile(t, [0.5 - level / 2, 0.5 + level / 2], method="inverted_cdf")
-    return Interval(
-        found.beta - float(high) * found.beta_error,
-        found.beta - float(low) * found.beta_error,
-        level,
-        len(t),
-    )
+    if len(t) < replicates / 2:
+        raise DataError(
+            "Most data sets drawn from the fitted law tell no slope, so there is no interval for it.",
+            "Run more seeds, or longer.",
+        )
+    found_intervals = []
+    for level in levels:
+        low, high = np.quantile(t, [0.5 - level / 2, 0.5 + level / 2])
+        ends = found.beta - float(high) * found.beta_error, found.beta - float(low) * found.beta_error
+        found_intervals.append(Interval(*ends, level, len(t)))
+    return tuple(found_intervals)
 
 
 def _quotients(found: Fit, times: Array, failed: Array, atoms: Array) -> Array:
