@@ -117,7 +117,7 @@ def test_a_study_keeps_its_results_and_does_nothing_twice(tmp_path):
 
 
 def test_a_run_that_is_stopped_goes_on_as_if_nothing_had_been(tmp_path):
-    """Stopped softly in the middle, and made longer when it is done: the same temperatures to the last digit."""
+    """Stopped softly in the middle, and made longer when it is done: the same temperatures."""
     wide = Criteria(temperature_window=1e9, max_force=1e6, max_jump=1e6, distance_factor=0.01)
     case = Case("springs", 16, 2, 5)
     cell = supercell(CELL, 16)
