@@ -121,21 +121,21 @@ def test_a_run_that_is_stopped_goes_on_as_if_nothing_had_been(tmp_path):
     wide = Criteria(temperature_window=1e9, max_force=1e6, max_jump=1e6, distance_factor=0.01)
     case = Case("springs", 16, 2, 5)
     cell = supercell(CELL, 16)
-    with spring_pool(tmp_path / "pool", delay=0.004) as pool:
+    with spring_pool(tmp_path / "pool", delay=0.02) as pool:
 
         def go(folder, steps, stop=None, tell=lambda *_: None):
             protocol = Protocol(100.0, 0.5, steps, criteria=wide)
             return advance(case, cell, protocol, folder, pool.address, stop or threading.Event(), tell)
 
-        whole = go(tmp_path / "whole", 300)
-        assert (whole.step, whole.failure) == (300, None)
+        whole = go(tmp_path / "whole", 120)
+        assert (whole.step, whole.failure) == (120, None)
         stop = threading.Event()
-        found = go(tmp_path / "cut", 240, stop, lambda _, step: step >= 50 and stop.set())
+        found = go(tmp_path / "cut", 100, stop, lambda _, step: step >= 20 and stop.set())
         assert found is None
-        reached = outcome(tmp_path / "cut", case, Protocol(100.0, 0.5, 240, criteria=wide)).step
-        assert 50 <= reached < 240
-        assert go(tmp_path / "cut", 240).step == 240
-        assert go(tmp_path / "cut", 300).step == 300
+        reached = outcome(tmp_path / "cut", case, Protocol(100.0, 0.5, 100, criteria=wide)).step
+        assert 20 <= reached < 100
+        assert go(tmp_path / "cut", 100).step == 100
+        assert go(tmp_path / "cut", 120).step == 120
     rows = [
         np.concatenate([np.loadtxt(p / "run.out") for p in sorted(folder.glob("piece-*"))])
         for folder in (tmp_path / "whole", tmp_path / "cut")

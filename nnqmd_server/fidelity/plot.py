@@ -87,6 +87,8 @@ def _times(axes: Axes, series: Sequence[Series]) -> None:
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_xlabel("number of atoms N")
     axes.set_ylabel("time to failure (ps)")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high * (high / low) ** 0.3)  # room for the legend
     axes.legend(fontsize=7)
 
 
