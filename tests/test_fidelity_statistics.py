@@ -62,7 +62,7 @@ def test_leaving_out_censored_runs_would_be_wrong():
 def test_intervals_cover_the_truth_as_often_as_they_say(beta, shape):
     """68 and 95 % intervals over many synthetic studies of 8 seeds and 5 sizes."""
     rng = np.random.default_rng(31)
-    sets, inside = 200, {0.68: 0, 0.95: 0}
+    sets, inside = 400, {0.68: 0, 0.95: 0}
     for number in range(sets):
         times, failed, atoms, limits = synthetic(rng, beta, shape, seeds=8)
         found = fit(times, failed, atoms)
@@ -70,7 +70,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say(beta, shape):
             inside[interval.level] += interval.low <= beta <= interval.high
     for level, count in inside.items():
         print(f"beta {beta}, shape {shape}: {count} of {sets} intervals of {100 * level:.0f} % cover")
-        low, high = stats.binom.interval(0.999, sets, level)
+        low, high = stats.binom.interval(0.9999, sets, level)
         assert low <= count <= high
 
 

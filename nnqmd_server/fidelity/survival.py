@@ -306,7 +306,8 @@ def bootstrap(
         )
     found_intervals = []
     for level in levels:
-        low, high = np.quantile(t, [0.5 - level / 2, 0.5 + level / 2])
+        # the quantile definition that makes few replicates no narrower than many
+        low, high = np.quantile(t, [0.5 - level / 2, 0.5 + level / 2], method="weibull")
         ends = found.beta - float(high) * found.beta_error, found.beta - float(low) * found.beta_error
         found_intervals.append(Interval(*ends, level, len(t)))
     return tuple(found_intervals)
