@@ -15,6 +15,7 @@ from nnqmd_server.cli import (
     bench,
     data,
     dipole,
+    fidelity,
     keys,
     label,
     model,
@@ -44,6 +45,7 @@ app.command("worker", epilog=worker.EXAMPLES)(worker.worker)
 app.command("keys", epilog=keys.EXAMPLES)(keys.keys)
 app.command("run", epilog=run.EXAMPLES)(run.run)
 app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
+app.command("fidelity", epilog=fidelity.EXAMPLES)(fidelity.fidelity)
 app.command("status", epilog=status.STATUS_EXAMPLES)(status.status)
 app.command("top", epilog=status.TOP_EXAMPLES)(status.top)
 app.command("replay", epilog=replay.EXAMPLES)(replay.replay)

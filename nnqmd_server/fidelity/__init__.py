@@ -1,0 +1,1 @@
+"""How long simulations with a model stay physical, against the number of atoms: fidelity scaling."""
