@@ -93,7 +93,7 @@ def test_edges_are_estimated_within_a_few_percent(potential):
 
     for atoms in (crystal(repeat=(2, 2, 1)), triclinic()):
         batch = from_ase([atoms])
-        exact = potential._edges(batch)[0].shape[1]
+        exact = potential.lists.edges(batch)[0][0].shape[1]
         assert estimated_edges(batch, potential.card.cutoff)[0] == pytest.approx(exact, rel=0.05)
 
 
