@@ -470,6 +470,7 @@ def test_the_other_protocol_is_named_on_both_sides(tmp_path):
     assert stranger.poll(5000)
     answer = unpack(stranger.recv_multipart())
     assert answer.kind == "refused"
+    pool.status()  # by then all is told that was answered
     for line in (answer.fields["what"], dict(said)["refused"]["what"]):
         assert f"version {PROTOCOL + 1}" in line
     context.destroy(linger=0)
