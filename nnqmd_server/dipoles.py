@@ -89,15 +89,58 @@ def total_dipoles(
     sum_i Z_i R_i - sum_w 2 r_w on unwrapped positions, up to a constant of whole lattice vectors that
     keeps each molecule in one piece.
     """
-    totals = np.zeros((len(structures), 3))
-    for k in range(len(structures)):
-        atoms = structures.atoms_of(k)
-        numbers, positions = structures.numbers[atoms], structures.positions[atoms]
-        dipoles, charges = molecular_dipoles(
-            numbers, positions, structures.cells[k], centroids[atoms], ion_charges, carriers
+    count = len(structures)
+    totals = np.zeros((count, 3))
+    alike = count > 1 and len(set(np.diff(structures.offsets).tolist())) == 1
+    if alike:
+        rows = structures.numbers.reshape(count, -1)
+        alike = bool((rows == rows[0]).all())
+    for first, last in [(0, count)] if alike else [(k, k + 1) for k in range(count)]:
+        low, high = int(structures.offsets[first]), int(structures.offsets[last])
+        shape = last - first, -1, 3
+        totals[first:last] = _totals(
+            structures.numbers[structures.atoms_of(first)],
+            structures.positions[low:high].reshape(shape),
+            structures.cells[first:last],
+            centroids[low:high].reshape(shape),
+            ion_charges,
+            carriers,
         )
-        centres = positions[is_head(numbers, carriers)]
-        totals[k] = dipoles.sum(axis=0) + charges @ centres
+    return totals
+
+
+def _totals(
+    numbers: Array,
+    positions: Array,
+    cells: Array,
+    centroids: Array,
+    ion_charges: dict[str, float],
+    carriers: dict[str, float],
+) -> Array:
+    """Of structures with the same atoms; positions and centroids of shape (n_structures, n, 3).
+
+    The same sum as that over molecules, but every atom is only put beside the head of its molecule.
+    """
+    electrons = _of_elements(carriers, numbers)
+    charge = _of_elements(ion_charges, numbers) - electrons
+    heads = is_head(numbers, carriers)
+    at, others = np.flatnonzero(heads), np.flatnonzero(~heads)
+    if not len(at):
+        return np.zeros((len(positions), 3))
+    bound = np.flatnonzero(electrons)
+    totals = np.einsum("i,pia->pa", charge[at], positions[:, at])
+    totals -= np.einsum("i,pia->pa", electrons[bound], centroids[:, bound])
+    inverses = np.linalg.inv(cells)
+    each = max(1, _PAIRS // len(positions) // len(at))
+    for first in range(0, len(others), each):
+        some = others[first : first + each]
+        apart = positions[:, some, None, :] - positions[:, None, at, :]
+        flat = apart.reshape(len(positions), -1, 3)
+        flat -= np.round(flat @ inverses) @ cells
+        home = np.argmin(np.einsum("pija,pija->pij", apart, apart), axis=2)
+        arms = np.take_along_axis(apart, home[:, :, None, None], axis=2)[:, :, 0]
+        beside = np.take_along_axis(positions[:, at], home[:, :, None], axis=1) + arms
+        totals += np.einsum("i,pia->pa", charge[some], beside)
     return totals
 
 

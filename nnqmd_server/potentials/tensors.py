@@ -72,8 +72,8 @@ def _tensor(
         if given.is_complex() or (given.is_floating_point() and not dtype.is_floating_point):
             raise ValueError(f"{name} cannot be of {given.dtype}")
         return given.detach().to(device, dtype).contiguous()
-    # torch's own memory: aligned, native, writable, whatever the array was. For a GPU page-locked, and kept by
-    # torch until the copy is over, so that nobody waits for it.
+    # torch's own memory: aligned, native, writable, whatever the array was. For a GPU page-locked, and kept
+    # by torch until the copy is over, so that nobody waits for it.
     far = torch.device(device).type == "cuda"
     fresh = torch.empty(given.shape, dtype=dtype, pin_memory=far)
     try:
