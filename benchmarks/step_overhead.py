@@ -53,6 +53,7 @@ def beads(count: int) -> object:
 
     atoms = read(INPUT.parent / "init.xyz", format="xyz")
     atoms.set_cell([10.26, 10.26, 5.13])
+    atoms.pbc = True
     rng = np.random.default_rng(0)
     frames = []
     for _ in range(count):
