@@ -245,7 +245,10 @@ class Pool:
 
     def _tell(self) -> None:
         while self._untold:
-            self.watch(*self._untold[0])
+            try:
+                self.watch(*self._untold[0])
+            except Exception:  # whoever watches must not stop the pool
+                log.exception("whoever watches failed")
             self._untold.popleft()
 
     def _fail_all(self, why: str) -> None:
