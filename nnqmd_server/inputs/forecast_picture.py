@@ -77,5 +77,5 @@ def _memory(axes: Axes, found: Forecast) -> None:
         axes.plot(names, [one.gpu_mb for one in found.batches], "s-", label="memory of the GPU, peak")
     axes.axhline(found.loaded.memory_mb, color="0.6", ls="--", label="the loaded model")
     axes.set(xlabel="beads per batch", ylabel="memory of a worker (MB)", title="memory")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.15 * axes.get_ylim()[1])  # flat lines would lie on the frame
     axes.legend(fontsize="small", frameon=False)
