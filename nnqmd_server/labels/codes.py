@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.util
 import json
 import shlex
 import shutil
@@ -26,6 +25,7 @@ from nnqmd_server.labels import cp2k_run
 from nnqmd_server.labels.centres import ESTIMATOR
 from nnqmd_server.labels.cp2k_input import FORCES, K_LENGTH, WANNIER, read_template, shipped
 from nnqmd_server.labels.frames import labelled
+from nnqmd_server.potentials.foreign import load_module
 
 Labeller = Callable[[Atoms, Path], Atoms]
 """Labels one structure; works in a folder of its own, which exists and is empty."""
@@ -180,11 +180,9 @@ def make_calculator(source: str, options: Mapping[str, Any]) -> Calculator:
 def _maker(source: str) -> Callable[..., Calculator]:
     path, colon, name = source.rpartition(":")
     if colon:
-        specification = importlib.util.spec_from_file_location("nnqmd_label_maker", path)
-        if specification is None or specification.loader is None or not Path(path).is_file():
+        if not path.endswith(".py") or not Path(path).is_file():
             raise InputError(f"There is no Python file {path}.", "Use FILE.py:MAKER.")
-        module = importlib.util.module_from_spec(specification)
-        specification.loader.exec_module(module)
+        module = load_module(path)
     else:
         package, _, name = source.rpartition(".")
         try:

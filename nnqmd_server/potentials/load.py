@@ -6,17 +6,16 @@ A source is a model file or a Python callable, and may be followed by words: ``m
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import re
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import ModuleType
 
 from nnqmd_server.errors import InputError, ModelError
 from nnqmd_server.potentials import sources
 from nnqmd_server.potentials.base import Card, Potential, with_born
+from nnqmd_server.potentials.foreign import load_module
 from nnqmd_server.potentials.package import PRECISIONS, file_hash, with_precision
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -254,7 +253,7 @@ def load(source: str, device: str = "cpu", compiled: bool = True) -> Potential:
 
         return load_allegro(source, device, compiled, _precision(words), "born" in words)
     try:
-        maker = getattr(_module(python["module"]), python["maker"])
+        maker = getattr(load_module(python["module"]), python["maker"])
         return maker(device)
     except Exception as error:  # foreign code, and anything may come of it
         raise ModelError(
@@ -279,15 +278,3 @@ def _load_prefixed(source: str, device: str, compiled: bool) -> Potential:
             f"Install it there, or name the environment that has it: {source}@/envs/NAME.",
         ) from error
     return adapter.load(found, device)
-
-
-def _module(name: str) -> ModuleType:
-    if not name.endswith(".py"):
-        return importlib.import_module(name)
-    spec = importlib.util.spec_from_file_location(f"nnqmd_potential_{Path(name).stem}", name)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{name} is not Python code")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
