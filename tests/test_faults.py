@@ -84,7 +84,7 @@ def staged(tmp_path):
 )
 def test_bad_answers_end_the_run_with_a_restart(staged, tmp_path, door, fault, message):
     pool = staged(fault)
-    changes = {k: v.replace("NAME", f"{tmp_path.name}-{door}") for k, v in DOORS[door].items()}
+    changes = {k: v.replace("NAME", f"nnqmd-faults-{os.getpid()}-{door}") for k, v in DOORS[door].items()}
     source = variant(tmp_path, "in", changes | {"safe_stride='100'": "safe_stride='1'"})
     started = time.monotonic()
     with pytest.raises(ProgramError, match=message) as caught:

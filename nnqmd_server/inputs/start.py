@@ -76,7 +76,9 @@ def read_structure(path: Path) -> Structures:
     except InputError:
         raise
     except Exception as error:  # noqa: BLE001 - ASE has hundreds of readers, each with errors of its own
-        raise InputError(f"{path} is not a structure: {error.__class__.__name__}: {str(error)[:300]}.", _FIX) from None
+        # Cut by letters: what ASE says of a binary file may hold all of it.
+        said = f"{error.__class__.__name__}: {str(error)[:300]}"
+        raise InputError(f"{path} is not a structure: {said}.", _FIX) from None
     if not len(atoms):
         raise InputError(f"{path} holds no atoms.", _FIX)
     if not (atoms.numbers > 0).all():
