@@ -125,8 +125,9 @@ def maker(device, model):
 def mace(folder: Path, frames: list[Frame]) -> tuple[list[tuple], dict[str, str], list[str]]:
     """A model with the weights that it begins with."""
     import torch
-    from e3nn import o3
-    from mace import modules
+    from mace import modules  # before e3nn 0.4.4, which torch refuses to load unless mace has told it to
+
+    from e3nn import o3  # isort: skip
     from mace.calculators import MACECalculator
 
     torch.manual_seed(1)

@@ -8,7 +8,7 @@ import torch
 from conftest import triclinic
 
 from nnqmd_server.potentials.package import _TARGETED
-from nnqmd_server.potentials.tensors import model_input
+from nnqmd_server.potentials.tensors import geometry, model_input, with_types
 from nnqmd_server.structures import Structures, from_ase
 
 REAL = ("pos", "cell", "edge_cell_shift")
@@ -66,7 +66,7 @@ def check(made, wanted):
         assert tensor.dtype == (torch.float64 if name in REAL else torch.int64), name
         assert tensor.is_contiguous(), name
         assert tensor.stride() == torch.empty(tensor.shape).stride(), name
-        assert tensor.data_ptr() % 16 == 0, name
+        assert tensor.data_ptr() % 64 == 0, name
         assert np.array_equal(tensor.numpy(), np.asarray(wanted[name], dtype=float)), name
 
 
@@ -134,6 +134,25 @@ def test_indices_are_never_rounded(name, kind):
 def test_shapes_that_do_not_fit_are_refused(spoil):
     with pytest.raises(ValueError, match=r"shape|needs"):
         model_input(good() | spoil, "cpu")
+
+
+def test_types_come_to_a_geometry():
+    data = good()
+    types = data["atom_types"].astype(np.uint8)
+    made = geometry({k: v for k, v in data.items() if k != "atom_types"}, "cpu")
+    check(with_types(made, types, "cpu"), data)
+    with pytest.raises(ValueError, match="needs"):
+        geometry(data, "cpu")
+    with pytest.raises(ValueError, match="shape"):
+        with_types(made, types[:-1], "cpu")
+    with pytest.raises(ValueError, match="cannot be of"):
+        with_types(made, types.astype(float), "cpu")
+
+
+def test_tensors_that_stand_anywhere_are_moved():
+    data = {k: torch.from_numpy(v) for k, v in good().items()}
+    data["edge_cell_shift"] = torch.zeros(23, dtype=torch.float64)[1:22].reshape(7, 3)
+    check(model_input(data, "cpu"), data)
 
 
 def test_nothing_is_shared_with_the_arrays():

@@ -28,7 +28,7 @@ from nnqmd_server.potentials.born import WithBorn
 from nnqmd_server.potentials.centres import edges_of
 from nnqmd_server.potentials.forms import load_network
 from nnqmd_server.potentials.neighbours import Lists
-from nnqmd_server.potentials.tensors import model_input
+from nnqmd_server.potentials.tensors import with_types
 from nnqmd_server.structures import Array, Results, Structures, join, plain
 
 CENTROID = "wannier_centroid"
@@ -288,8 +288,7 @@ class Allegro:
 
     def _call(self, structures: Structures, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         started = perf_counter()
-        types = {AtomicDataDict.ATOM_TYPE_KEY: self._types[structures.numbers]}
-        data = model_input({**inputs, **types}, self._device)
+        data = with_types(inputs, self._types[structures.numbers], self._device)
         started = self._clock("copies", started)
         out = self._model(data)
         self._clock("model", started)

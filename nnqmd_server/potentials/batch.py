@@ -15,7 +15,7 @@ from nequip.data import AtomicDataDict
 
 from nnqmd_server.potentials.device_pairs import edges_on_device
 from nnqmd_server.potentials.neighbours import Lists
-from nnqmd_server.potentials.tensors import model_input
+from nnqmd_server.potentials.tensors import geometry
 from nnqmd_server.structures import Array, Structures
 
 
@@ -86,10 +86,11 @@ def cut_by_edges(counts: Array, limit: float) -> list[tuple[int, int]]:
 def one_by_one(structures: Structures, lists: Lists) -> Batch:
     """A batch whose structures are evaluated one after another."""
     device = torch.device("cpu")
-    parts = [
-        Part(structures[k : k + 1], inputs(structures[k : k + 1], edges, shifts, device))
-        for k, (edges, shifts) in enumerate(lists.edges(structures))
-    ]
+    parts = []
+    for k, (edges, shifts) in enumerate(lists.edges(structures)):
+        one = structures[k : k + 1]
+        # Made for this call alone: they need not be copied.
+        parts.append(Part(one, inputs(one, torch.from_numpy(edges), torch.from_numpy(shifts), device)))
     return Batch(structures, lists.cutoff, tuple(parts))
 
 
@@ -147,9 +148,7 @@ def inputs(
         AtomicDataDict.BATCH_KEY: np.repeat(np.arange(len(structures)), counts),
         AtomicDataDict.NUM_NODES_KEY: counts,
     }
-    made = model_input(data | {AtomicDataDict.ATOM_TYPE_KEY: np.zeros_like(structures.numbers)}, device)
-    del made[AtomicDataDict.ATOM_TYPE_KEY]  # each model has its own
-    return made
+    return geometry(data, device)
 
 
 def shortened(part: Part, cutoff: float) -> Part:

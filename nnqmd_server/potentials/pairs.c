@@ -37,16 +37,16 @@ void near_pairs(int64_t n_pairs, int64_t count, const double *restrict beads, co
     }
 }
 
-/* The edges of structure p go to found + 2 starts[p] as (2, starts[p + 1] - starts[p]), their shifts to
-   turns + 3 starts[p]; chosen: room for n_edges + 1 numbers. */
+/* The edges of structure p go to found + 2 starts[p] as (2, counts[p]), their shifts to turns + 3 starts[p];
+   chosen: room for n_edges + 1 numbers. */
 void take_edges(int64_t n_edges, int64_t n_pairs, int64_t count, const int32_t *restrict pair,
                 const uint8_t *restrict near, const int64_t *restrict edges, const double *restrict shifts,
-                const int64_t *restrict starts, int32_t *restrict chosen, int64_t *restrict found,
-                double *restrict turns)
+                const int64_t *restrict starts, const int64_t *restrict counts, int32_t *restrict chosen,
+                int64_t *restrict found, double *restrict turns)
 {
     for (int64_t p = 0; p < count; p++) {
         const uint8_t *within = near + p * n_pairs;
-        int64_t many = starts[p + 1] - starts[p], k = 0;
+        int64_t many = counts[p], k = 0;
         for (int64_t e = 0; e < n_edges; e++) {
             chosen[k] = (int32_t)e;
             k += within[pair[e]];

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -84,16 +83,16 @@ class Pairs:
         library().near_pairs(
             n_pairs, count, *(a.ctypes.data for a in arrays), square, room.ctypes.data, near.ctypes.data
         )
-        starts = np.zeros(count + 1, dtype=np.int64)
-        np.cumsum([2 * np.count_nonzero(row) for row in near], out=starts[1:])
+        counts = np.array([2 * np.count_nonzero(row) for row in near], dtype=np.int64)
+        # Each structure's begin at multiples of 64 bytes, so that tensors can be made of them as they are.
+        starts = np.concatenate([[0], np.cumsum(-(-counts // 8) * 8)])
         chosen = np.empty(2 * n_pairs + 1, dtype=np.int32)
-        edges, shifts = np.empty(2 * starts[-1], dtype=np.int64), np.empty((starts[-1], 3))
-        arrays = [self.pair, near, self.edges, self.shifts, starts, chosen, edges, shifts]
+        edges, shifts = _room(2 * starts[-1], np.int64), _room(3 * starts[-1], np.float64)
+        arrays = [self.pair, near, self.edges, self.shifts, starts, counts, chosen, edges, shifts]
         library().take_edges(2 * n_pairs, n_pairs, count, *(a.ctypes.data for a in arrays))
-        at = starts.tolist()
         return [
-            (edges[2 * low : 2 * high].reshape(2, high - low), shifts[low:high])
-            for low, high in itertools.pairwise(at)
+            (edges[2 * low : 2 * (low + n)].reshape(2, n), shifts[3 * low : 3 * (low + n)].reshape(n, 3))
+            for low, n in zip(starts.tolist(), counts.tolist(), strict=False)
         ]
 
     def _by_numpy(self, beads: Array, across: Array, square: float) -> list[tuple[Array, Array]]:
@@ -114,6 +113,13 @@ class Pairs:
             which = np.flatnonzero(within.take(self.pair))
             found.append((self.edges.take(which, axis=1), self.shifts.take(which, axis=0)))
         return found
+
+
+def _room(count: int, dtype: type) -> Array:
+    """Memory for so many numbers of eight bytes that begins at a multiple of 64."""
+    room = np.empty(int(count) + 8, dtype=dtype)
+    first = -(room.ctypes.data // 8) % 8
+    return room[first : first + int(count)]
 
 
 def pairs_between(positions: Array, cell: Array, cutoff: float, reach: Array) -> Pairs:

@@ -25,6 +25,12 @@ _INPUTS = {
 }
 """What a nequip model takes: dtype and shape, for B structures with N atoms and E edges."""
 
+TYPES = "atom_types"
+
+_ALIGNED = 64
+"""Addresses are multiples of it [bytes], as torch's own: what reads a tensor may go another way, with other
+round-off, when it stands elsewhere."""
+
 
 def model_input(
     data: Mapping[str, Array | torch.Tensor], device: torch.device | str
@@ -50,11 +56,47 @@ def model_input(
     ValueError
         A name is unknown or missing, the shapes do not fit each other, or real numbers stand for indices.
     """
-    if set(data) != set(_INPUTS):
-        raise ValueError(f"a model call needs {sorted(_INPUTS)}, not {sorted(data)}")
+    return _checked(data, device, tuple(_INPUTS))
+
+
+def geometry(data: Mapping[str, Array | torch.Tensor], device: torch.device | str) -> dict[str, torch.Tensor]:
+    """As :func:`model_input`, but without the atoms' types, which every model numbers for itself."""
+    return _checked(data, device, tuple(name for name in _INPUTS if name != TYPES))
+
+
+def with_types(
+    made: Mapping[str, torch.Tensor], types: Array, device: torch.device | str
+) -> dict[str, torch.Tensor]:
+    """The input of a model call out of what :func:`geometry` has made, which is not looked at again.
+
+    Parameters
+    ----------
+    made : mapping of str to Tensor
+        On the same device.
+    types : Array
+        Of the atoms, shape (N,).
+    device : torch.device or str
+        Where the model is.
+
+    Raises
+    ------
+    ValueError
+        There is not one type for each atom, or it is not an index.
+    """
+    if types.shape != made["pos"].shape[:1]:
+        raise ValueError(f"{TYPES} has the shape {types.shape} for positions of {tuple(made['pos'].shape)}")
+    return {**made, TYPES: _tensor(TYPES, types, _INPUTS[TYPES][0], device)}
+
+
+def _checked(
+    data: Mapping[str, Array | torch.Tensor], device: torch.device | str, names: tuple[str, ...]
+) -> dict[str, torch.Tensor]:
+    if set(data) != set(names):
+        raise ValueError(f"a model call needs {sorted(names)}, not {sorted(data)}")
     sizes: dict[str, int] = {}
     made = {}
-    for name, (dtype, shape) in _INPUTS.items():
+    for name in names:
+        dtype, shape = _INPUTS[name]
         given = data[name]
         if len(given.shape) != len(shape) or any(
             size != (sizes.setdefault(want, size) if isinstance(want, str) else want)
@@ -71,7 +113,8 @@ def _tensor(
     if isinstance(given, torch.Tensor):
         if given.is_complex() or (given.is_floating_point() and not dtype.is_floating_point):
             raise ValueError(f"{name} cannot be of {given.dtype}")
-        return given.detach().to(device, dtype).contiguous()
+        made = given.detach().to(device, dtype).contiguous()
+        return made.clone() if made.device.type == "cpu" and made.data_ptr() % _ALIGNED else made
     # torch's own memory: aligned, native, writable, whatever the array was. For a GPU page-locked, and kept
     # by torch until the copy is over, so that nobody waits for it.
     far = torch.device(device).type == "cuda"
