@@ -7,7 +7,9 @@ the rounds, with the range over them. It fails when the forces of two sides diff
 served   8 beads of 64 and of 256 atoms on W workers. bare: W processes with a worker's environment that call
          the AOTInductor model, bead by bead, on tensors that were made before; served: a client in a process
          of its own asks the pool for the same force sets. served_over_bare.N is the ratio of the times per
-         force set; wanted: at most 1.05. list_share.N is the share of list building and
+         force set; wanted: at most 1.05. The bare processes do five force sets on their own; in
+         served_over_in_step.N they wait for each other after every force set, as they must in a simulation:
+         where cores are not equally fast at every moment, that takes longer. list_share.N is the share of list building and
          preparation in a worker's evaluation (its potential, in the bare processes); wanted: below 0.02.
          beyond_model_share.N is that of all but the model: also copies, dipoles, results.
 driver   i-PI's own time per step with `nnqmd run`'s pool and direct door, against W clients of i-PI's own
@@ -69,13 +71,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="one per core")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sizes", type=int, nargs="+", choices=(64, 256), default=(64, 256), help="atoms")
     options = parser.parse_args()
     from nnqmd_server.pool.processes import count_gpus
 
     figures: Figures = {}
     parts = {
-        "served": lambda folder: served(figures, folder, options.workers, options.rounds),
-        "driver": lambda folder: driver(figures, folder, options.workers, options.rounds),
+        "served": lambda folder: served(figures, folder, options.workers, options.rounds, options.sizes),
+        "driver": lambda folder: driver(figures, folder, options.workers, options.rounds, options.sizes),
         "lists": lambda folder: ring_lists(figures, folder, options.workers, options.rounds),
         "gpu": lambda folder: gpu(figures, folder, options.rounds),
     }

@@ -6,6 +6,7 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from evaluate_inputs import (
@@ -19,6 +20,9 @@ from evaluate_inputs import (
     until,
     write_input,
 )
+
+STEPS = {64: 40, 256: 16}
+"""Of each run, by atoms."""
 
 PEER = """
 import torch
@@ -87,11 +91,11 @@ def theirs_in_ipi(
     return step_times(home / "i-pi.log", first=5)
 
 
-def driver(figures: Figures, folder: Path, workers: int, rounds: int) -> None:
+def driver(figures: Figures, folder: Path, workers: int, rounds: int, sizes: Sequence[int]) -> None:
     """i-PI with our pool, and with as many clients of its own ASE driver."""
-    for atoms, steps in ((64, 40), (256, 16)):
+    for atoms in sizes:
         here = folder / f"{atoms}"
-        pairs = in_ipi(figures, here, workers, rounds, atoms, BEADS, steps, clients=workers)
+        pairs = in_ipi(figures, here, workers, rounds, atoms, BEADS, STEPS[atoms], clients=workers)
         spread(figures, f"speedup_vs_ase_driver.{atoms}", [theirs / ours for ours, theirs in pairs])
         figures[f"ours_ms_per_step.{atoms}"] = statistics.median(ours for ours, _ in pairs)
         figures[f"ase_driver_ms_per_step.{atoms}"] = statistics.median(theirs for _, theirs in pairs)

@@ -7,6 +7,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,9 @@ from evaluate_inputs import BEADS, MODEL, Figures, must_agree, record, spread
 
 CHUNK = 5
 """Force sets after which the sides take turns: a shared machine drifts within seconds."""
-TURNS = ("bare", "evaluated", "served")
+LENGTHS = {64: (80, 50), 256: (40, 15)}
+"""Force sets of a run that are passed over, and those after them that are used, by atoms."""
+TURNS = ("bare", "in_step", "evaluated", "served")
 
 
 def _tensors(structures: object, card: object) -> list[dict]:
@@ -70,10 +73,12 @@ def _compute(barrier: object, orders: object, answers: object, sets: list) -> No
         order, part = order
         barrier.wait(timeout=600)
         before, start = dict(potential.spent), time.perf_counter()
-        if order == "bare":
+        if order in {"bare", "in_step"}:
             for one in inputs[part]:
                 for data in one:
                     model(data)
+                if order == "in_step":  # as in a simulation, where all beads make a step together
+                    barrier.wait(timeout=600)
         else:
             for one in sets[part]:
                 potential.evaluate(one)
@@ -143,12 +148,13 @@ def _ask(address: str, sets: list, orders: object, answers: object) -> None:
     client.close()
 
 
-def served(figures: Figures, folder: Path, workers: int, rounds: int) -> None:
+def served(figures: Figures, folder: Path, workers: int, rounds: int, sizes: Sequence[int]) -> None:
     """Bare calls of the compiled model, a worker's potential, and the pool, in turn."""
     from nnqmd_server.pool.launch import LocalPool
 
     context = multiprocessing.get_context("spawn")
-    for atoms, skip, keep in ((64, 80, 50), (256, 40, 15)):
+    for atoms in sizes:
+        skip, keep = LENGTHS[atoms]
         with LocalPool(
             {"ammonia": str(MODEL)}, folder / f"logs-{atoms}", workers=workers, device="cpu"
         ) as pool:
@@ -159,18 +165,13 @@ def served(figures: Figures, folder: Path, workers: int, rounds: int) -> None:
             client = context.Process(target=_ask, args=(pool.address, sets, orders, answers), daemon=True)
             client.start()
             worst = must_agree("bare model and pool", bare.forces, answers.get(timeout=300))
-            found: dict[str, list[float]] = {
-                "bare": [],
-                "evaluated": [],
-                "served": [],
-                "share": [],
-                "lists": [],
-            }
+            found: dict[str, list[float]] = {name: [] for name in (*TURNS, "share", "lists")}
             for k in range(rounds):
                 spent = dict.fromkeys((*TURNS, "all", "lists", "model"), 0.0)
                 for first in range(0, len(sets), CHUNK):
                     part = slice(first, first + CHUNK)
                     spent["bare"] += bare.measure("bare", part)[0]
+                    spent["in_step"] += bare.measure("in_step", part)[0]
                     orders.put(part)
                     spent["served"] += answers.get(timeout=900)
                     slowest, every, stages = bare.measure("evaluate", part)
@@ -187,10 +188,9 @@ def served(figures: Figures, folder: Path, workers: int, rounds: int) -> None:
             orders.put("end")
             client.join(20)
             bare.end()
-        ratios = [a / b for a, b in zip(found["served"], found["bare"], strict=True)]
-        spread(figures, f"served_over_bare.{atoms}", ratios)
-        ratios = [a / b for a, b in zip(found["evaluated"], found["bare"], strict=True)]
-        spread(figures, f"evaluated_over_bare.{atoms}", ratios)
+        for one, other in (("served", "bare"), ("served", "in_step"), ("evaluated", "bare")):
+            ratios = [a / b for a, b in zip(found[one], found[other], strict=True)]
+            spread(figures, f"{one}_over_{other}.{atoms}", ratios)
         spread(figures, f"list_share.{atoms}", found["lists"])
         spread(figures, f"beyond_model_share.{atoms}", found["share"])
         for name in ("bare", "served"):

@@ -284,7 +284,10 @@ def test_bench_of_the_shipped_model(tmp_path, monkeypatch, potential):
     found = json.loads(Path("bench.json").read_text())
     assert (found["atoms"], found["beads"], found["temperature_K"]) == (64, 8, 100.0)
     assert found["form"].startswith("compiled for cpu")
-    parts = [found[f"{name}_share.8"] for name in ("lists", "copies", "model", "rest")]
+    # A slow machine leaves out the larger batches.
+    largest = max(int(key.split(".")[1]) for key in found if key.startswith("model_share."))
+    assert largest in {1, 2, 4, 8}
+    parts = [found[f"{name}_share.{largest}"] for name in ("lists", "copies", "model", "rest")]
     assert sum(parts) == pytest.approx(1.0)
-    assert found["model_share.8"] > 0.5
+    assert found[f"model_share.{largest}"] > 0.5
     assert not Path("nnqmd-bench.png").exists()

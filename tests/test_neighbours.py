@@ -264,6 +264,9 @@ def test_atoms_that_drifted_very_far_are_ordered_all_the_same():
     wanted = in_order(one.edges, one.shifts)
     assert np.array_equal(one.edges, wanted[0])
     assert np.array_equal(one.shifts, wanted[1])
+    (found,) = one.within(atoms.positions[None], atoms.cell.array, 4.1)
+    assert np.array_equal(found[0], one.edges)
+    assert np.array_equal(found[1], one.shifts)
 
 
 def test_vacuum_costs_nothing():

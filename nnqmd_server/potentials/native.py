@@ -28,9 +28,9 @@ def library() -> ctypes.CDLL | None:
         if compiler is None:
             return None
         made = ctypes.CDLL(str(_made(compiler, cache_folder())))
-        made.near_pairs.argtypes = [_INTEGER] * 2 + [_POINTER] * 4 + [ctypes.c_double] + [_POINTER] * 2
+        made.near_pairs.argtypes = [_INTEGER] * 3 + [_POINTER] * 4 + [ctypes.c_double] + [_POINTER] * 2
         made.near_pairs.restype = None
-        made.take_edges.argtypes = [_INTEGER] * 3 + [_POINTER] * 9
+        made.take_edges.argtypes = [_INTEGER] * 2 + [_POINTER] * 11
         made.take_edges.restype = None
     except (ImportError, OSError, AttributeError, subprocess.SubprocessError) as error:
         log.info("neighbour lists are cut with numpy: %s", error)

@@ -190,12 +190,16 @@ class Lists:
 
     def _lists_for(self, numbers: Array, positions: Array, cell: Array) -> list[tuple[Array, KeptList]]:
         """Lists, and which structures each of them is for."""
-        kind = self._kinds.setdefault(numbers.tobytes(), _Kind())
-        self._kinds.move_to_end(numbers.tobytes())
+        elements = numbers.tobytes()
+        kind = self._kinds.setdefault(elements, _Kind())
+        self._kinds.move_to_end(elements)
         pending = np.arange(len(positions))
         chosen: list[tuple[Array, KeptList]] = []
-        for one in kind.lists:
-            fits = one.fits(positions[pending], cell, self.cutoff)
+        for place, one in enumerate(kind.lists):
+            fits = one.fits(positions if not chosen else positions[pending], cell, self.cutoff)
+            if not place and fits.all():  # as at nearly every step
+                kind.used_again += len(positions)
+                return [(pending, one)]
             if fits.any():
                 chosen.append((pending[fits], one))
                 pending = pending[~fits]
@@ -269,6 +273,10 @@ def _runs(structures: Structures) -> Sequence[tuple[int, int]]:
     sizes = np.diff(structures.offsets)
     if not count:
         return []
+    if (sizes == sizes[0]).all() and (structures.cells == structures.cells[0]).all():
+        numbers = structures.numbers.reshape(count, sizes[0])
+        if (numbers == numbers[0]).all():  # beads
+            return [(0, count)]
     differ = np.ones(count, dtype=bool)
     differ[1:] = (sizes[1:] != sizes[:-1]) | (structures.cells[1:] != structures.cells[:-1]).any(axis=(1, 2))
     if (sizes == sizes[0]).all():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,6 +12,8 @@ from vesin import NeighborList
 from nnqmd_server.potentials.native import library
 from nnqmd_server.structures import Array
 
+_BEADS = 32  # structures that pairs.c looks at together
+_MOST_SHIFTS = 4096  # between the smallest and the largest of a list, for a table of all
 _CHUNK = 12_000  # coordinates of pairs at once: they stay in the cache
 
 
@@ -29,6 +33,8 @@ class Pairs:
         Their cell vectors, float64, shape (2 n_pairs, 3).
     pair : Array
         Which pair each edge belongs to, int32, shape (2 n_pairs,).
+    back : Array
+        Whether each edge goes from the second atom to the first, bool, shape (2 n_pairs,).
     """
 
     first: Array
@@ -37,7 +43,9 @@ class Pairs:
     edges: Array
     shifts: Array
     pair: Array
+    back: Array
     _last: tuple[Array, Array] | None = field(default=None, init=False, repr=False)
+    _small: tuple[Array, Array, Array] | None = field(default=None, init=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.first)
@@ -59,12 +67,14 @@ class Pairs:
         list of (edges, shifts)
             For each structure, in the order of ``edges``.
         """
-        # Beads of an atom stand side by side: the arithmetic runs over them.
-        beads = np.ascontiguousarray(positions.transpose(1, 2, 0))
-        across = self._across(cell)
+        across, square = self._across(cell), cutoff * cutoff
         if library() is None or len(self) >= 1 << 30:
-            return self._by_numpy(beads, across, cutoff * cutoff)
-        return self._by_native(beads, across, cutoff * cutoff)
+            return self._by_numpy(_side_by_side(positions, 1), across, square)
+        return [
+            edges
+            for low in range(0, len(positions), _BEADS)
+            for edges in self._by_native(positions[low : low + _BEADS], across, square)
+        ]
 
     def _across(self, cell: Array) -> Array:
         """The vectors of the turns, shape (n_pairs, 3); kept, since cells seldom change."""
@@ -75,24 +85,42 @@ class Pairs:
             self._last = cell.copy(), np.stack(across, axis=1)
         return self._last[1]
 
-    def _by_native(self, beads: Array, across: Array, square: float) -> list[tuple[Array, Array]]:
-        count, n_pairs = beads.shape[2], len(self)
-        near = np.empty((count, n_pairs), dtype=np.uint8)
-        room = np.empty((64, count), dtype=np.uint8)
+    def _compact(self) -> tuple[Array, Array, Array]:
+        """The edges in less memory: both atoms of each, the number of its shift, and all these shifts."""
+        if self._small is None:
+            most = np.abs(self.turns).max(axis=1, initial=0.0)
+            wide = [2 * int(m) + 1 for m in most]
+            if math.prod(wide) <= _MOST_SHIFTS:
+                x, y, z = (self.turns + most[:, None]).astype(np.int32)
+                codes = ((x * wide[1] + y) * wide[2] + z)[self.pair]
+                # The table is odd about its middle.
+                codes[self.back] = math.prod(wide) - 1 - codes[self.back]
+                table = np.indices(wide).reshape(3, -1).T - most
+            else:  # atoms have drifted far
+                codes, table = np.arange(len(self.shifts)), self.shifts
+            kinds = (self.edges.T, np.int32), (codes, np.int32), (table, np.float64)
+            self._small = tuple(np.ascontiguousarray(array, dtype=kind) for array, kind in kinds)
+        return self._small
+
+    def _by_native(self, positions: Array, across: Array, square: float) -> list[tuple[Array, Array]]:
+        count, n_pairs = len(positions), len(self)
+        beads = _side_by_side(positions, 4 if count > 1 else 1)
+        near, counts = np.empty(n_pairs, dtype=np.uint32), np.empty(count, dtype=np.int64)
         arrays = [beads, self.first, self.second, across]
         library().near_pairs(
-            n_pairs, count, *(a.ctypes.data for a in arrays), square, room.ctypes.data, near.ctypes.data
+            n_pairs, count, beads.shape[2], *_addresses(arrays), square, *_addresses([near, counts])
         )
-        counts = np.array([2 * np.count_nonzero(row) for row in near], dtype=np.int64)
+        counts *= 2
         # Each structure's begin at multiples of 64 bytes, so that tensors can be made of them as they are.
-        starts = np.concatenate([[0], np.cumsum(-(-counts // 8) * 8)])
-        chosen = np.empty(2 * n_pairs + 1, dtype=np.int32)
-        edges, shifts = _room(2 * starts[-1], np.int64), _room(3 * starts[-1], np.float64)
-        arrays = [self.pair, near, self.edges, self.shifts, starts, counts, chosen, edges, shifts]
-        library().take_edges(2 * n_pairs, n_pairs, count, *(a.ctypes.data for a in arrays))
+        ends = np.cumsum(-(-counts // 8) * 8)
+        starts = np.concatenate([[0], ends[:-1]])
+        edges, shifts = _room(2 * ends[-1], np.int64), _room(3 * ends[-1], np.float64)
+        bits, chosen = np.empty(2 * n_pairs + 8, dtype=np.uint32), np.empty(2 * n_pairs + 8, dtype=np.int32)
+        arrays = [self.pair, near, *self._compact(), starts, counts, bits, chosen, edges, shifts]
+        library().take_edges(2 * n_pairs, count, *_addresses(arrays))
         return [
             (edges[2 * low : 2 * (low + n)].reshape(2, n), shifts[3 * low : 3 * (low + n)].reshape(n, 3))
-            for low, n in zip(starts.tolist(), counts.tolist(), strict=False)
+            for low, n in zip(starts.tolist(), counts.tolist(), strict=True)
         ]
 
     def _by_numpy(self, beads: Array, across: Array, square: float) -> list[tuple[Array, Array]]:
@@ -113,6 +141,18 @@ class Pairs:
             which = np.flatnonzero(within.take(self.pair))
             found.append((self.edges.take(which, axis=1), self.shifts.take(which, axis=0)))
         return found
+
+
+def _side_by_side(positions: Array, multiple: int) -> Array:
+    """Beads of an atom beside each other, for arithmetic that runs over them: (n_atoms, 3, n)."""
+    count, n_atoms = positions.shape[:2]
+    beads = np.zeros((n_atoms, 3, -(-count // multiple) * multiple))
+    beads[:, :, :count] = positions.transpose(1, 2, 0)
+    return beads
+
+
+def _addresses(arrays: Sequence[Array]) -> list[int]:
+    return [array.ctypes.data for array in arrays]
 
 
 def _room(count: int, dtype: type) -> Array:
@@ -157,6 +197,7 @@ def pairs_between(positions: Array, cell: Array, cutoff: float, reach: Array) ->
         edges=np.stack([both[0][order], both[1][order]]),
         shifts=shifts[order],
         pair=np.tile(np.arange(len(i), dtype=np.int32), 2)[order],
+        back=order >= len(i),
     )
 
 
