@@ -9,9 +9,9 @@ served   8 beads of 64 and of 256 atoms on W workers. bare: W processes with a w
          of its own asks the pool for the same force sets. served_over_bare.N is the ratio of the times per
          force set; wanted: at most 1.05. The bare processes do five force sets on their own; in
          served_over_in_step.N they wait for each other after every force set, as they must in a simulation:
-         where cores are not equally fast at every moment, that takes longer. list_share.N is the share of list building and
-         preparation in a worker's evaluation (its potential, in the bare processes); wanted: below 0.02.
-         beyond_model_share.N is that of all but the model: also copies, dipoles, results.
+         where cores are not equally fast at every moment, that takes longer. list_share.N is the share of
+         list building and preparation in a worker's evaluation (its potential, in the bare processes);
+         wanted: below 0.02. beyond_model_share.N is that of all but the model: also copies, dipoles, results.
 driver   i-PI's own time per step with `nnqmd run`'s pool and direct door, against W clients of i-PI's own
          ASE driver (i-pi-driver-py, ipi/pes/_ase.py) with NequIPCalculator, eager, on the same cores.
          speedup_vs_ase_driver.N; wanted: at least 1.8.
