@@ -118,6 +118,7 @@ def differences(source: str, python: str, folder: Path, structures: object) -> d
     return found | {
         "ms": 1e3 * seconds / len(structures),
         "largest_force": float(np.abs(oracle["forces"]).max()),
+        "largest_energy": float(np.abs(oracle["energy"]).max()),
     }
 
 

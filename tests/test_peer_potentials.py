@@ -21,6 +21,11 @@ LIMITS = {
 }
 
 
+IPI_UNITS = 2e-7
+"""i-PI 3.3.1 takes 0.036749326 hartree for an eV, and 1.8897261 bohr for an Angstrom: 1e-7 from CODATA. Its
+drivers convert with these what other programs say."""
+
+
 @pytest.mark.peer
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -32,6 +37,8 @@ def test_a_served_model_says_what_its_own_program_says(program, tmp_path):
     for way, source in told["sources"].items():
         found = differences(source, python, tmp_path, structures)
         assert found["largest_force"] > 1e-2, way
-        for key, limit in zip(("energy", "forces", "virial"), LIMITS[program], strict=True):
-            assert found[key] < limit, (way, key, found)
+        units = IPI_UNITS if source.startswith("ipi:") else 0.0
+        scales = found["largest_energy"], found["largest_force"], found["largest_energy"]
+        for key, limit, scale in zip(("energy", "forces", "virial"), LIMITS[program], scales, strict=True):
+            assert found[key] < limit + units * scale, (way, key, found)
         assert np.isfinite(found["repeated"])
