@@ -129,7 +129,17 @@ def test_compiled_is_eager(potential, case):
     assert_same(eager.evaluate(structures), potential.evaluate(structures), LIMIT["float32"])
 
 
+def test_compiled_in_one_call_is_eager(potential):
+    """Structures of all kinds and sizes in one call of the compiled model, against each alone and eager."""
+    from nnqmd_server.potentials.allegro import load
+
+    structures = from_ase(list(CASES.values()))
+    eager = load(MODEL, compiled=False)
+    assert_same(eager.evaluate(structures), in_one_call(potential, structures), LIMIT["float32"])
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_compiled_is_eager_in_double_precision():
     from nnqmd_server.potentials.allegro import load
 

@@ -342,6 +342,7 @@ def test_precision_and_checkpoints_have_compiled_forms_of_their_own(checkpoint, 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # a compilation, on a machine that may do other things too
 def test_a_checkpoint_is_compiled_without_its_training_data(checkpoint, monkeypatch, tmp_path):
     monkeypatch.setenv("NNQMD_CACHE", str(tmp_path))
     structures = from_ase([crystal(), triclinic()])

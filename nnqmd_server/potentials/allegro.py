@@ -11,7 +11,7 @@ padded for them or compiled again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 
@@ -29,11 +29,13 @@ from nnqmd_server.potentials.centres import edges_of
 from nnqmd_server.potentials.forms import load_network
 from nnqmd_server.potentials.neighbours import Lists
 from nnqmd_server.potentials.tensors import with_types
-from nnqmd_server.structures import Array, Results, Structures, join, plain
+from nnqmd_server.structures import Array, Results, Structures, plain
 
 CENTROID = "wannier_centroid"
 ATOM_FIELDS = (CENTROID, BORN)
 """What models may give for each atom, besides forces."""
+
+_OUTPUTS = (AtomicDataDict.TOTAL_ENERGY_KEY, AtomicDataDict.FORCE_KEY, AtomicDataDict.STRESS_KEY)
 
 BYTES_PER_EDGE = 20_000
 """What a model takes for each edge [bytes], until more has been seen; of all networks tried, the most."""
@@ -156,13 +158,34 @@ class Allegro:
                 f"The batch has edges up to {ready.cutoff} Angstrom; the model needs {self.card.cutoff}.",
                 "Prepare it with the largest cutoff of the models.",
             )
-        results = []
-        for part in ready.parts:
-            fit = part if ready.cutoff == self.card.cutoff else batch.shortened(part, self.card.cutoff)
-            results.append(self._evaluate_part(fit))
-        whole = join(results)
-        self.add_dipoles(ready.structures, whole)
-        return whole
+        results = self._raw(ready)
+        self.add_dipoles(ready.structures, results)
+        return results
+
+    def _raw(self, ready: batch.Batch) -> Results:
+        """What the model itself says."""
+        started = perf_counter()
+        fit = ready.cutoff == self.card.cutoff
+        parts = ready.parts if fit else [batch.shortened(part, self.card.cutoff) for part in ready.parts]
+        inputs = [self._typed(part.structures, part.inputs) for part in parts]
+        self._clock("copies", started)
+        names = [name for name in ATOM_FIELDS if name in self.card.properties]
+        found = [
+            self._evaluate_part(part, data, [*_OUTPUTS, *names])
+            for part, data in zip(parts, inputs, strict=True)
+        ]
+        # All at once, after the last call: between two calls little is in the cache that this needs.
+        started = perf_counter()
+        arrays = [self._arrays(tensors) for tensors in found]
+        energy, forces, stress, *fields = (np.concatenate(some) for some in zip(*arrays, strict=True))
+        results = Results(
+            energy=energy.reshape(-1),
+            forces=forces,
+            virial=_virial(stress, ready.structures),
+            atom_properties=dict(zip(names, fields, strict=True)),
+        )
+        self._clock("copies", started)
+        return results
 
     def _clock(self, what: str, started: float) -> float:
         """Book the time since ``started``; returns the time now."""
@@ -234,7 +257,7 @@ class Allegro:
             structure.numbers[atoms], structure.positions[atoms], structure.cells, np.array([0, len(atoms)])
         )
         inputs = batch.inputs(around, edges, shifts, self._device)
-        out = self._call(around, inputs)
+        out = self._call(self._typed(around, inputs))
         forces[atoms] = self._array(out[AtomicDataDict.FORCE_KEY])
         for name, values in atom_properties.items():
             values[centres] = self._array(out[name])[own]
@@ -260,36 +283,23 @@ class Allegro:
             born = obey_sum_rule(results.atom_properties[BORN], structures.offsets, total)
             results.atom_properties[BORN] = born
 
-    def _evaluate_part(self, part: batch.Part) -> Results:
+    def _evaluate_part(
+        self, part: batch.Part, data: dict[str, torch.Tensor], wanted: Sequence[str]
+    ) -> list[torch.Tensor]:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             before = torch.cuda.memory_allocated(self._device)
-        out = self._call(part.structures, part.inputs)
-        started = perf_counter()
-        names = [name for name in ATOM_FIELDS if name in self.card.properties]
-        wanted = [
-            AtomicDataDict.TOTAL_ENERGY_KEY,
-            AtomicDataDict.FORCE_KEY,
-            AtomicDataDict.STRESS_KEY,
-            *names,
-        ]
-        energy, forces, stress, *fields = self._arrays([out[name] for name in wanted])
-        results = Results(
-            energy=energy.reshape(-1),
-            forces=forces,
-            virial=_virial(stress, part.structures),
-            atom_properties=dict(zip(names, fields, strict=True)),
-        )
-        self._clock("copies", started)
+        out = self._call(data)
         if self._device.type == "cuda" and part.n_edges > 10_000:
             taken = torch.cuda.max_memory_allocated(self._device) - before
             self._bytes_per_edge = max(self._bytes_per_edge, taken / part.n_edges)
-        return results
+        return [out[name] for name in wanted]
 
-    def _call(self, structures: Structures, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _typed(self, structures: Structures, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return with_types(inputs, self._types[structures.numbers], self._device)
+
+    def _call(self, data: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         started = perf_counter()
-        data = with_types(inputs, self._types[structures.numbers], self._device)
-        started = self._clock("copies", started)
         out = self._model(data)
         self._clock("model", started)
         return out
@@ -307,6 +317,8 @@ class Allegro:
 
     @staticmethod
     def _array(tensor: torch.Tensor) -> Array:
+        if tensor.dtype is torch.float64 and tensor.is_cpu and not tensor.requires_grad:
+            return tensor.numpy()
         return tensor.detach().to("cpu", torch.float64).numpy()
 
 

@@ -123,4 +123,4 @@ def _tensor(
         np.copyto(fresh.numpy(), given, casting="same_kind")
     except TypeError as error:
         raise ValueError(f"{name} cannot be of {given.dtype}") from error
-    return fresh.to(device, non_blocking=far)
+    return fresh.to(device, non_blocking=True) if far else fresh
