@@ -23,7 +23,9 @@ def ring_lists(figures: Figures, folder: Path, workers: int, rounds: int) -> Non
         sets = record(folder / "record", pool, 64, RING, 40, 40)
     cutoff = read_card(MODEL).cutoff
     found: dict[str, list[float]] = {"each": [], "kept": []}
-    keep_buffers()  # as a worker's process does
+    keep_buffers()  # as a worker's process does, which also warms up before it begins
+    fresh_edges(sets[0], cutoff)
+    Lists(cutoff).edges(sets[0])
     for k in range(rounds):
         each = kept = 0.0
         lists = Lists(cutoff)  # its first list is built within the time
