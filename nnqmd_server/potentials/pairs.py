@@ -208,10 +208,13 @@ def _order(i: Array, j: Array, shifts: Array, n_atoms: int) -> Array:
     if n_atoms * n_atoms * wide[0] * wide[1] * wide[2] >= 2.0**62:  # atoms have drifted very far
         return np.lexsort((shifts[:, 2], shifts[:, 1], shifts[:, 0], j, i))
     s = (shifts - low).astype(np.int64)
-    key = i * n_atoms + j
+    key = j
     for k in range(3):
         key = key * int(wide[k]) + s[:, k]
-    return np.argsort(key)
+    if n_atoms * wide[0] * wide[1] * wide[2] < 1 << 16:  # numpy sorts short numbers digit by digit
+        order = np.argsort(key.astype(np.uint16), kind="stable")
+        return order[np.argsort(i[order].astype(np.uint16), kind="stable")]
+    return np.argsort(i * int(n_atoms * wide[0] * wide[1] * wide[2]) + key)
 
 
 def without_vacuum(positions: Array, cell: Array, cutoff: float) -> Array:
