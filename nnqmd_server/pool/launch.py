@@ -22,6 +22,7 @@ import zmq
 from nnqmd_server.errors import AddressError, NnqmdError, OutputError, PoolError
 from nnqmd_server.pool.dispatch import Observer
 from nnqmd_server.pool.gate import is_tcp
+from nnqmd_server.pool.inside import InsideClient
 from nnqmd_server.pool.keys import pool_keys
 from nnqmd_server.pool.processes import Processes, Recipe, plan
 from nnqmd_server.pool.scheduler import Pool, Recorder, Status
@@ -269,6 +270,10 @@ class LocalPool:
                 ready, started = len(self.status().workers), len(self._processes.all)
                 tell(f"{ready} of {started} workers ready (the first start compiles the model)")
             time.sleep(0.1)
+
+    def client(self, potential: str = "", name: str = "") -> InsideClient:
+        """For a door of this process; one of another process makes a ``PoolClient`` for the address."""
+        return InsideClient(self._pool, potential, name)
 
     def status(self) -> Status:
         """See :meth:`Pool.status`."""
