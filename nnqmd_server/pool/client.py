@@ -175,7 +175,7 @@ class PoolClient:
         return {} if self._bulk is None else {"memory": self._bulk.find(self._bulk.room(8))}
 
     def status(self, patience: float | None = None) -> dict:
-        """What the pool says of itself; see :class:`~nnqmd_server.pool.scheduler.Status`.
+        """What the pool says of itself; see :class:`~nnqmd_server.pool.status.Status`.
 
         Raises
         ------

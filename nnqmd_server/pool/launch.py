@@ -22,7 +22,8 @@ from nnqmd_server.pool.gate import is_tcp
 from nnqmd_server.pool.inside import InsideClient
 from nnqmd_server.pool.keys import pool_keys
 from nnqmd_server.pool.processes import Processes, Recipe, plan
-from nnqmd_server.pool.scheduler import Pool, Recorder, Status
+from nnqmd_server.pool.scheduler import Pool, Recorder
+from nnqmd_server.pool.status import Status
 from nnqmd_server.pool.watch import Watch
 from nnqmd_server.potentials.load import card_of
 

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from socket import socketpair
 from typing import Any
 
 import zmq
 
-from nnqmd_server import __version__
 from nnqmd_server.errors import AddressError
 from nnqmd_server.memory import keep_buffers
 from nnqmd_server.pool.bulk import Bulk, Place, UnreachableError, near
@@ -39,7 +37,8 @@ from nnqmd_server.pool.messages import (
 )
 from nnqmd_server.pool.planning import MAX_COST
 from nnqmd_server.pool.shares import MAX_FORCE, Batch, Fault, Job
-from nnqmd_server.pool.watch import IDLE, Watch, plain
+from nnqmd_server.pool.status import Status, glance
+from nnqmd_server.pool.watch import Watch, plain
 from nnqmd_server.structures import Results, Structures
 
 log = logging.getLogger("nnqmd.pool")
@@ -57,31 +56,6 @@ MANY_UNTOLD = 64
 """Events after which it is counted nevertheless."""
 
 Recorder = Callable[[str, Job, Structures | Results | Fault], None]
-
-
-@dataclass(frozen=True)
-class Status:
-    """A glance at the pool, for displays: totals since it was started, and who is there now."""
-
-    version: str
-    host: str
-    pid: int
-    started: float
-    now: float
-    cards: dict[str, dict[str, Any]]
-    workers: list[dict[str, Any]]
-    force_sets: int
-    structures: int
-    waiting: int
-    lost_workers: int
-    refused: int
-    retries: int
-    quarantined: int
-    failed: int
-    simulations: list[dict[str, Any]]
-    turned_away: dict[str, int]
-    history: dict[str, Any]
-    news: list[dict[str, Any]]
 
 
 class Pool:
@@ -219,29 +193,7 @@ class Pool:
         until = time.monotonic() + POLL
         while self._untold and time.monotonic() < until:
             time.sleep(1e-4)
-        workers = sorted(self._dispatch.workers.copy().values(), key=lambda w: w.index)
-        seen, counts = self.watch.workers(), self.watch.counts
-        return Status(
-            version=__version__,
-            host=HOST,
-            pid=os.getpid(),
-            started=self.watch.started,
-            now=time.time(),
-            cards=self._dispatch.cards.copy(),
-            workers=[IDLE | worker.as_dict() | seen.get(worker.index, {}) for worker in workers],
-            force_sets=self.watch.force_sets,
-            structures=self.watch.structures,
-            waiting=self._dispatch.waiting,
-            lost_workers=counts["lost"],
-            refused=counts["refused"],
-            retries=counts["retried"],
-            quarantined=counts["quarantined"],
-            failed=counts["failed"],
-            simulations=self.watch.simulations(),
-            history=self.watch.history(),
-            news=self.watch.news(),
-            turned_away=self._gate.turned_away,
-        )
+        return glance(self._dispatch, self.watch, self._gate.turned_away)
 
     # ---- the loop ---------------------------------------------------------------------------------
 
