@@ -15,7 +15,8 @@ from conftest import INPUT, MODEL
 
 from nnqmd_server.errors import AddressError, OutputError
 from nnqmd_server.inputs.run import check, make_folder
-from nnqmd_server.pool.launch import LocalPool, private_folder
+from nnqmd_server.pool.folders import private_folder
+from nnqmd_server.pool.launch import LocalPool
 
 
 def nnqmd(*words, cwd, **environment):

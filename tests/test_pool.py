@@ -16,13 +16,15 @@ from toys import CARD, ToyWorker, toy
 from nnqmd_server.errors import InputError, PoolError, StructureError
 from nnqmd_server.pool.client import PoolClient
 from nnqmd_server.pool.cutting import cut
+from nnqmd_server.pool.inside import InsideClient
 from nnqmd_server.pool.messages import Message, pack
 from nnqmd_server.pool.scheduler import Pool
 from nnqmd_server.structures import from_ase
 
 
-@pytest.fixture
-def toys(tmp_path):
+@pytest.fixture(params=["through a socket", "inside"])
+def toys(tmp_path, request):
+    """A pool, a client of it (of another process, or of this one), and a way to add workers."""
     doors, backs = f"ipc://{tmp_path}/d", f"ipc://{tmp_path}/w"
     pool = Pool(doors, backs)
     pool.start()
@@ -38,7 +40,7 @@ def toys(tmp_path):
             time.sleep(0.01)
         assert len(pool.status().workers) == count
 
-    client = PoolClient(doors, patience=10.0)
+    client = InsideClient(pool, patience=10.0) if request.param == "inside" else PoolClient(doors, 10.0)
     yield pool, client, add, ready, backs
     client.close()
     for worker in made:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import venv
@@ -17,6 +19,7 @@ from conftest import crystal
 
 from nnqmd_server.errors import InputError, PoolError
 from nnqmd_server.pool.client import PoolClient
+from nnqmd_server.pool.folders import PREFIX, own_folder
 from nnqmd_server.pool.launch import LocalPool
 from nnqmd_server.pool.processes import worker_command
 from nnqmd_server.pool.scheduler import Pool
@@ -306,3 +309,23 @@ def test_where_a_source_says_its_interpreter(text, source, interpreter):
 def test_an_interpreter_that_is_not_there_is_said_at_once():
     with pytest.raises(InputError, match="no Python interpreter /nowhere/python"):
         parse_models(["mace=mace.py:maker@/nowhere/python"])
+
+
+def test_folders_of_killed_pools_are_cleared_when_the_next_one_starts(monkeypatch, tmp_path):
+    """But not those of a pool that lives, that is just being started, or of anything else."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    killed, living, starting = (Path(tempfile.mkdtemp(prefix=PREFIX)) for _ in range(3))
+    other = tmp_path / "other"
+    other.mkdir()
+    (tmp_path / f"{PREFIX}link").symlink_to(other)
+    with socket.socket(socket.AF_UNIX) as here:
+        here.bind(str(living / "pool"))
+        here.listen()
+        for path in (killed / "pool", other / "pool"):
+            with socket.socket(socket.AF_UNIX) as gone:
+                gone.bind(str(path))
+        mine = own_folder()
+        left = {path.name for path in tmp_path.iterdir()}
+    assert left == {living.name, starting.name, mine.name, "other", f"{PREFIX}link"}
+    assert (other / "pool").exists()
+    assert mine.stat().st_mode & 0o777 == 0o700

@@ -111,7 +111,7 @@ def run(
             for worker in pool.status().workers:
                 forms = "; ".join(f"{name}: {form}" for name, form in worker["forms"].items())
                 console.print(f"worker {worker['index']}: {forms}")
-            job = Run(source, folder, pool.address, steps, tuple(extras.split()), left)
+            job = Run(source, folder, pool.address, steps, tuple(extras.split()), left, pool.client)
         _tell_parts(job)
         try:
             finished = _follow(job, pool)

@@ -203,7 +203,7 @@ def serve(
         what = ", ".join(named) or "what workers bring"
         console.print(f"{what} is served at [bold]{pool.address}[/]; logs in {logs}; stop with Ctrl-C")
         if listened:
-            serve_sockets.answer(pool.own_address, listened, extras.split(), stop)
+            serve_sockets.answer(pool, listened, extras.split(), stop)
         else:
             while not stop.wait(0.5):
                 pool.check()

@@ -15,6 +15,7 @@ from nnqmd_server.errors import InputError, NnqmdError, ProgramError
 
 if TYPE_CHECKING:
     from nnqmd_server.doors.socket import SocketDoor
+    from nnqmd_server.pool.launch import LocalPool
 
 _NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.-]*)=(.+)")
 PATIENCE = 86400.0
@@ -140,7 +141,9 @@ def _check_records(listened: Sequence[Listened]) -> None:
         )
 
 
-def answer(pool: str, sockets: Sequence[Listened], extras: Sequence[str], stop: threading.Event) -> None:
+def answer(
+    pool: LocalPool, sockets: Sequence[Listened], extras: Sequence[str], stop: threading.Event
+) -> None:
     """Answer every socket until its i-PI is done, or ``stop`` is set.
 
     When one fails, its i-PI is asked to stop and the others are answered on.
@@ -154,10 +157,9 @@ def answer(pool: str, sockets: Sequence[Listened], extras: Sequence[str], stop: 
     from nnqmd_server.doors.force_sets import ForceSets
     from nnqmd_server.doors.socket import SocketDoor, serve_in_thread
     from nnqmd_server.doors.template import read_numbers
-    from nnqmd_server.pool.client import PoolClient
 
     doors: list[SocketDoor] = []
-    clients = [PoolClient(pool, potential=one.potential, name=str(one.address)) for one in sockets]
+    clients = [pool.client(one.potential, str(one.address)) for one in sockets]
     shared = share_extras(extras, [client.card() for client in clients])
     for one, client, wanted in zip(sockets, clients, shared, strict=True):
         numbers = read_numbers(one.template)

@@ -13,7 +13,7 @@ from nnqmd_server.doors.extras import EXTRAS, check_extras, extras_of, property_
 from nnqmd_server.doors.record import DipoleRecord
 from nnqmd_server.doors.template import by_size
 from nnqmd_server.errors import InputError, StructureError
-from nnqmd_server.pool.client import PoolClient
+from nnqmd_server.pool.client import Client
 from nnqmd_server.structures import Array, Results, Structures, replicas
 from nnqmd_server.units import BOHR, HARTREE
 
@@ -30,18 +30,18 @@ def to_structures(numbers: Array, h: Sequence[Array], positions: Sequence[Array]
     h : sequence of Array
         Cell matrices [bohr], vectors as columns, each (3, 3).
     positions : sequence of Array
-        Positions [bohr], each (n_atoms, 3) or flat.
+        Positions [bohr], each (n_atoms, 3) or flat; or one array of all, (n_structures, n_atoms, 3).
     """
     count = len(positions)
-    flat = np.concatenate([np.ravel(p) for p in positions])
+    together = isinstance(positions, np.ndarray)
+    flat = positions.reshape(-1) if together else np.concatenate([np.ravel(p) for p in positions])
     if flat.size != count * 3 * len(numbers):
         raise InputError(
             f"i-PI sends {flat.size // (3 * count)} atoms, the template has {len(numbers)}.",
             "Use the file that initialises i-PI as the template.",
         )
-    flat *= BOHR
     cells = np.array(h, dtype=np.float64).reshape(count, 3, 3).transpose(0, 2, 1) * BOHR
-    return replicas(numbers, flat.reshape(count, -1, 3), cells)
+    return replicas(numbers, (flat * BOHR).reshape(count, -1, 3), cells)
 
 
 def from_results(results: Results, extras: Sequence[str] = ()) -> list[tuple[float, Array, Array, str]]:
@@ -62,7 +62,7 @@ class ForceSets:
 
     Parameters
     ----------
-    client : PoolClient
+    client : Client
         The connection to the pool.
     numbers : Array, or sequence of Array
         Atomic numbers of the system, or of each of several systems, which are told apart by their size.
@@ -78,7 +78,7 @@ class ForceSets:
 
     def __init__(
         self,
-        client: PoolClient,
+        client: Client,
         numbers: Array | Sequence[Array],
         n_beads: int | None,
         record: Path | None = None,
@@ -133,7 +133,7 @@ class ForceSets:
         OutputError
             The dipoles could not be written.
         """
-        sizes = [np.size(each) // 3 for each in positions]
+        sizes = [each.size // 3 for each in positions]
         if len(set(sizes)) > 1:
             return self._evaluate_each_size(sizes, h, positions, beads, given_up)
         numbers = self._numbers.get(sizes[0])

@@ -65,10 +65,10 @@ class Segments:
 
     def write(self, answers: Sequence[Answer]) -> None:
         """Put energies, forces and virials where i-PI looks for them."""
-        for k, (energy, forces, virial, _) in enumerate(answers):
-            self._views["pot"][k] = energy
-            self._views["force"][k] = np.reshape(forces, (-1, 3))
-            self._views["vir"][k] = virial
+        energies, forces, virials, _ = zip(*answers, strict=True)
+        self._views["pot"][:] = energies
+        for kind, rows in (("force", forces), ("vir", virials)):
+            np.concatenate(rows, out=self._views[kind].reshape(-1, 3))
 
     def close(self) -> None:
         """Detach; may be called twice."""

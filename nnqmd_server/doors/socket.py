@@ -303,12 +303,13 @@ class SocketDoor:
         lines.sort(key=lambda line: line.asked.beads[0].start)
         asked = [line.asked for line in lines]
         self._gather.taken()
-        answers = self._sets.evaluate(
-            [h for one in asked for h in one.h],
-            [positions for one in asked for positions in one.positions],
-            [beads for one in asked for beads in one.beads],
-            self._abandoned,
-        )
+        if len(asked) == 1:
+            h, positions, beads = asked[0].h, asked[0].positions, asked[0].beads
+        else:
+            h = [each for one in asked for each in one.h]
+            positions = [each for one in asked for each in one.positions]
+            beads = [each for one in asked for each in one.beads]
+        answers = self._sets.evaluate(h, positions, beads, self._abandoned)
         for line in lines:
             line.asked = None
         if (asks := self._asks_bead()) != lines[0].talk.asks_bead:
@@ -345,16 +346,20 @@ def _is_over(connection: socket.socket, scratch: memoryview) -> bool:
 
 def _without_padding(bead: int, h: Array, positions: Array) -> _Asked:
     """i-PI fills a batch up with copies of its last structure; one of them is enough."""
-    count = whole = len(positions)
-    while (
-        count > 1
-        and np.array_equal(positions[count - 2], positions[-1])
-        and np.array_equal(h[count - 2], h[-1])
-    ):
-        count -= 1
+    whole = len(positions)
+    # Most are told apart by their first atom.
+    like = _at_the_end((positions[:, 0] == positions[-1, 0]).all(axis=1))
+    same = (positions[-like:] == positions[-1]).all(axis=(1, 2)) & (h[-like:] == h[-1]).all(axis=(1, 2))
+    count = whole - _at_the_end(same) + 1
     beads = [range(bead + k, bead + k + 1) for k in range(count)]
     beads[-1] = range(bead + count - 1, bead + whole)
     return _Asked(h[:count], positions[:count], beads, whole - count)
+
+
+def _at_the_end(true: Array) -> int:
+    """How many of the last are true, without a gap; 1 at least, to be counted from the end."""
+    others = np.flatnonzero(~true)
+    return max(1, len(true) - 1 - int(others[-1]) if len(others) else len(true))
 
 
 def serve_in_thread(door: SocketDoor, name: str = "nnqmd-door") -> threading.Thread:

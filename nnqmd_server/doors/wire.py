@@ -381,13 +381,13 @@ class Conversation:
         return Positions(self._bead, cells.reshape(count, 2, 3, 3)[:, 0], positions)
 
 
-def _numbers(answers: Sequence[Answer], atoms: int) -> list[bytes]:
+def _numbers(answers: Sequence[Answer], atoms: int) -> list[bytes | Array]:
     """Energies, atoms, forces, virials: the same order for one structure and for a batch of them."""
     return [
         struct.pack(f"<{len(answers)}d", *(energy for energy, *_ in answers)),
         int32(atoms),
-        *(float64(forces) for _, forces, _, _ in answers),
-        *(float64(virial) for _, _, virial, _ in answers),
+        *(np.ascontiguousarray(forces, dtype="<f8") for _, forces, _, _ in answers),
+        *(np.ascontiguousarray(virial, dtype="<f8") for _, _, virial, _ in answers),
     ]
 
 

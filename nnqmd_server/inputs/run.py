@@ -32,7 +32,7 @@ from nnqmd_server.inputs.xml import (
     set_steps,
     with_full_paths,
 )
-from nnqmd_server.pool.client import PoolClient, cards_of
+from nnqmd_server.pool.client import Client, PoolClient, cards_of
 from nnqmd_server.potentials.base import unknown_elements
 from nnqmd_server.potentials.load import card_of, interpreter_of
 from nnqmd_server.potentials.sources import lacks_virial
@@ -181,6 +181,8 @@ class Run:
         Properties that i-PI gets as extras, for sockets; the direct door reads them from the input.
     leave : collection of str
         Names of force fields that somebody else answers.
+    client : callable, optional
+        Makes a client for a potential where the pool is of this process; one of its address unless given.
     """
 
     def __init__(
@@ -191,6 +193,7 @@ class Run:
         steps: int | None = None,
         extras: tuple[str, ...] = (),
         leave: Collection[str] = (),
+        client: Callable[[str], Client] | None = None,
     ) -> None:
         cards = cards_of(pool)
         with_dipoles = [name for name, card in cards.items() if "dipole" in card["properties"]]
@@ -202,8 +205,9 @@ class Run:
             if part.field.kind == "socket"
         ]
         shared = share_extras(extras, [cards[part.potential] for part, _ in sockets])
+        ask = client or (lambda potential: PoolClient(pool, potential=potential))
         self._doors = [
-            self._make_door(part, record, pool, wanted)
+            self._make_door(part, record, ask(part.potential), wanted)
             for (part, record), wanted in zip(sockets, shared, strict=True)
         ]
         self._start(command, {"NNQMD_POOL": pool})
@@ -248,8 +252,9 @@ class Run:
             )
         self._threads = [serve_in_thread(door) for door in self._doors]
 
-    def _make_door(self, part: Part, record: Path | None, pool: str, extras: Sequence[str]) -> SocketDoor:
-        client = PoolClient(pool, potential=part.potential)
+    def _make_door(
+        self, part: Part, record: Path | None, client: Client, extras: Sequence[str]
+    ) -> SocketDoor:
         own = "" if len(self.parts) == 1 else f"-{part.name}"
         sets = ForceSets(
             client,

@@ -100,6 +100,12 @@ class Bulk:
             raise UnreachableError("an array that is not within its shared memory")
         return np.ndarray(shape, dtype, segment.data, offset)
 
+    def adopt(self, other: Bulk) -> None:
+        """Know the segment of another one of this process, so that what lies there is found."""
+        if other._own is not None:
+            self._others[other._own.key] = other._own
+            self._keep_the_latest()
+
     def still_shared(self, array: Array) -> bool:
         """Whether the owner of an array is there, and holds it, so that others can still reach it."""
         place = self.find(array)
@@ -113,10 +119,13 @@ class Bulk:
             return self._own
         if key not in self._others:
             self._others[key] = _attach(*key)
-            while len(self._others) > MAX_ATTACHED:
-                self._others.popitem(last=False)
+            self._keep_the_latest()
         self._others.move_to_end(key)
         return self._others[key]
+
+    def _keep_the_latest(self) -> None:
+        while len(self._others) > MAX_ATTACHED:
+            self._others.popitem(last=False)
 
     def close(self) -> None:
         """Give up everything; arrays that are still in use stay valid."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from socket import gethostname
+from typing import Protocol
 from uuid import uuid4
 
 import numpy as np
@@ -55,6 +56,21 @@ GLANCE = 0.2
 
 class GivenUpError(PoolError):
     """Whoever asked does not wait for the answer any more."""
+
+
+class Client(Protocol):
+    """What a door needs of a pool, wherever that is."""
+
+    potential: str
+
+    def card(self, patience: float | None = None) -> dict:
+        """The card of the potential that is asked, as soon as a worker is ready for it."""
+
+    def submit(self, structures: Structures, given_up: Callable[[], bool] | None = None) -> Results:
+        """Evaluate one force set; blocks until its results are there."""
+
+    def close(self) -> None:
+        """Hang up."""
 
 
 class PoolClient:
@@ -140,7 +156,7 @@ class PoolClient:
                     cards = status.fields["cards"]
                     self._near = bool(status.fields.get("near"))
                     heard = sorted(cards)
-                    self._choose(heard)
+                    self.potential = chosen(self.potential, heard, f"at {self.address}")
                     if self.potential in cards:
                         return cards[self.potential]
             if time.monotonic() > deadline:
@@ -159,7 +175,7 @@ class PoolClient:
         return {} if self._bulk is None else {"memory": self._bulk.find(self._bulk.room(8))}
 
     def status(self, patience: float | None = None) -> dict:
-        """What the pool says of itself; see :class:`~nnqmd_server.pool.scheduler.Status`.
+        """What the pool says of itself; see :class:`~nnqmd_server.pool.status.Status`.
 
         Raises
         ------
@@ -176,15 +192,6 @@ class PoolClient:
                 return status.fields
             if time.monotonic() > deadline:
                 raise self._silence(patience)
-
-    def _choose(self, names: list[str]) -> None:
-        if not self.potential and len(names) == 1:
-            self.potential = names[0]
-        if not self.potential and names:
-            raise InputError(
-                f"The pool at {self.address} has several potentials: {', '.join(names)}.",
-                "Say which one: `potential` in <parameters>, or --potential.",
-            )
 
     def submit(self, structures: Structures, given_up: Callable[[], bool] | None = None) -> Results:
         """Evaluate one force set; blocks until its results are there.
@@ -224,7 +231,9 @@ class PoolClient:
                         evaluate = self._evaluate(structures)
                         sent = self._send(evaluate)
                     elif answer.kind in {"failed", "refused"}:
-                        raise self._failure(answer)
+                        fields = answer.fields
+                        what, fix = str(fields.get("what")), str(fields.get("fix", ""))
+                        raise failure(what, fix, [int(k) for k in fields.get("suspects") or ()])
                     elif answer.kind == "unknown":
                         sent = self._send(evaluate)
                         times += 1
@@ -264,12 +273,6 @@ class PoolClient:
         # The next force set is written where these forces lie.
         return replace(results, forces=results.forces.copy()) if self._near else results
 
-    @staticmethod
-    def _failure(answer: Message) -> PoolError:
-        what, fix = str(answer.fields.get("what")), str(answer.fields.get("fix", ""))
-        suspects = tuple(int(k) for k in answer.fields.get("suspects") or ())
-        return StructureError(what, fix, suspects) if suspects else PoolError(what, fix)
-
     def _silence(self, waited: float) -> PoolError:
         return PoolError(
             f"The pool at {self.address} has not answered for {waited:.0f} s.",
@@ -296,6 +299,27 @@ class PoolClient:
             raise PoolError(
                 f"What answers at {self.address} is not our pool: {error}.", "Check the address."
             ) from error
+
+
+def chosen(potential: str, names: Collection[str], where: str) -> str:
+    """The potential that is asked: the one that was named, or the only one; "" as long as there is none.
+
+    Raises
+    ------
+    InputError
+        There are several, and none was named.
+    """
+    if not potential and len(names) > 1:
+        raise InputError(
+            f"The pool {where} has several potentials: {', '.join(sorted(names))}.",
+            "Say which one: `potential` in <parameters>, or --potential.",
+        )
+    return potential or next(iter(names), "")
+
+
+def failure(what: str, fix: str, suspects: Sequence[int]) -> PoolError:
+    """What to raise for a force set that could not be evaluated; with the structures, where it is theirs."""
+    return StructureError(what, fix, tuple(suspects)) if suspects else PoolError(what, fix)
 
 
 def cards_of(address: str, patience: float = 60.0) -> dict[str, dict]:

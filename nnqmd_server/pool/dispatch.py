@@ -103,7 +103,7 @@ class Dispatch:
     @property
     def waiting(self) -> int:
         """Force sets of which no part has been given to a worker."""
-        return sum(job.begun is None for job in self.jobs.values())
+        return sum(job.begun is None for job in self.jobs.copy().values())  # asked by other threads too
 
     def tidy(self, now: float) -> None:
         """Forget force sets that nobody asks for any more, and simulations that have gone."""

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 import platform
 import shutil
 import signal
-import socket
-import stat
 import subprocess
-import tempfile
 import threading
 import time
 from collections import deque
@@ -21,10 +17,13 @@ import zmq
 
 from nnqmd_server.errors import AddressError, NnqmdError, OutputError, PoolError
 from nnqmd_server.pool.dispatch import Observer
+from nnqmd_server.pool.folders import free, own_folder
 from nnqmd_server.pool.gate import is_tcp
+from nnqmd_server.pool.inside import InsideClient
 from nnqmd_server.pool.keys import pool_keys
 from nnqmd_server.pool.processes import Processes, Recipe, plan
-from nnqmd_server.pool.scheduler import Pool, Recorder, Status
+from nnqmd_server.pool.scheduler import Pool, Recorder
+from nnqmd_server.pool.status import Status
 from nnqmd_server.pool.watch import Watch
 from nnqmd_server.potentials.load import card_of
 
@@ -32,45 +31,6 @@ log = logging.getLogger("nnqmd.pool")
 
 FINAL = {0, 3, -signal.SIGTERM}
 """Ends of a worker that another start does not mend, or that somebody wanted."""
-
-
-def private_folder(folder: Path) -> Path:
-    """Make a folder that only this user can enter, or check that it is one.
-
-    Raises
-    ------
-    AddressError
-        It exists and belongs to, or is open to, somebody else.
-    """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = folder.stat()
-    if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
-        raise AddressError(
-            f"The socket folder {folder} is open to other users.", f"chmod 700 {folder}, or choose another."
-        )
-    return folder
-
-
-def _free(address: str) -> None:
-    """Make sure that nobody listens at an address yet; a socket file that nobody listens on is removed."""
-    if is_tcp(address):
-        return
-    if not address.startswith("ipc://"):
-        raise AddressError(f"{address} is not an address.", "Use ipc:///folder/name or tcp://HOST:PORT.")
-    path = Path(address.removeprefix("ipc://"))
-    if len(str(path)) > 100:
-        raise AddressError(f"The socket path {path} is longer than 100 characters.", "Choose a shorter one.")
-    private_folder(path.parent)
-    if path.exists():
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            try:
-                probe.connect(str(path))
-            except OSError:
-                path.unlink(missing_ok=True)
-                return
-        raise AddressError(
-            f"Another pool is listening at {address}.", "Stop it, or give this one another --address."
-        )
 
 
 def join_address(address: str) -> str:
@@ -135,8 +95,9 @@ class LocalPool:
         cards = {name: card_of(source) for name, source in models.items()}  # what is no model is found first
         self.models = models
         self.plan = plan(workers, device)
-        self._folder = Path(tempfile.mkdtemp(prefix="nnqmd-"))
-        self.own_address = address if address and not is_tcp(address) else f"ipc://{self._folder}/pool"
+        elsewhere = bool(address) and not is_tcp(address)
+        self._folder = None if elsewhere else own_folder()
+        self.own_address = address if elsewhere else f"ipc://{self._folder}/pool"
         self.address = address or self.own_address
         self.join = join
         back = join_address(self.own_address)
@@ -152,7 +113,7 @@ class LocalPool:
             doors = list(dict.fromkeys([self.own_address, self.address]))
             backs = [back, join] if join else [back]
             for place in [*doors, *backs]:
-                _free(place)
+                free(place)
             self._pool = Pool(
                 doors,
                 backs,
@@ -270,6 +231,10 @@ class LocalPool:
                 tell(f"{ready} of {started} workers ready (the first start compiles the model)")
             time.sleep(0.1)
 
+    def client(self, potential: str = "", name: str = "") -> InsideClient:
+        """For a door of this process; one of another process makes a ``PoolClient`` for the address."""
+        return InsideClient(self._pool, potential, name)
+
     def status(self) -> Status:
         """See :meth:`Pool.status`."""
         return self._pool.status()
@@ -297,7 +262,8 @@ class LocalPool:
             self._pool.stop()
         if self._processes is not None:
             self._processes.stop()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
         if self._pool is not None:
             for address in (self.own_address, join_address(self.own_address)):
                 Path(address.removeprefix("ipc://")).unlink(missing_ok=True)

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict
+from socket import socketpair
 from typing import Any
 
 import zmq
 
-from nnqmd_server import __version__
 from nnqmd_server.errors import AddressError
 from nnqmd_server.memory import keep_buffers
 from nnqmd_server.pool.bulk import Bulk, Place, UnreachableError, near
@@ -37,7 +37,8 @@ from nnqmd_server.pool.messages import (
 )
 from nnqmd_server.pool.planning import MAX_COST
 from nnqmd_server.pool.shares import MAX_FORCE, Batch, Fault, Job
-from nnqmd_server.pool.watch import IDLE, Watch, plain
+from nnqmd_server.pool.status import Status, glance
+from nnqmd_server.pool.watch import Watch, plain
 from nnqmd_server.structures import Results, Structures
 
 log = logging.getLogger("nnqmd.pool")
@@ -48,32 +49,13 @@ MAX_WAITING = 256
 POLL = 0.1
 """Longest sleep of the pool's loop [s]; a dead worker process is noticed within this time."""
 
+QUIET = 0.001
+"""When nothing has come for so long, there is time to count what has happened [s]."""
+
+MANY_UNTOLD = 64
+"""Events after which it is counted nevertheless."""
+
 Recorder = Callable[[str, Job, Structures | Results | Fault], None]
-
-
-@dataclass(frozen=True)
-class Status:
-    """A glance at the pool, for displays: totals since it was started, and who is there now."""
-
-    version: str
-    host: str
-    pid: int
-    started: float
-    now: float
-    cards: dict[str, dict[str, Any]]
-    workers: list[dict[str, Any]]
-    force_sets: int
-    structures: int
-    waiting: int
-    lost_workers: int
-    refused: int
-    retries: int
-    quarantined: int
-    failed: int
-    simulations: list[dict[str, Any]]
-    turned_away: dict[str, int]
-    history: dict[str, Any]
-    news: list[dict[str, Any]]
 
 
 class Pool:
@@ -148,6 +130,11 @@ class Pool:
         self._expected = tuple(expected)
         self._announced = dict(known or {})
         self._dead_pids: deque[int] = deque()
+        # What doors of this process ask: they ring, since the loop sleeps on its sockets.
+        self._asked: deque[tuple[Job, Bulk | None]] = deque()
+        self._bell, self._ring = socketpair()
+        for end in (self._bell, self._ring):
+            end.setblocking(False)
         self._hopeless = ""
         self._next_beat = 0.0
         self._stopping = threading.Event()
@@ -164,6 +151,25 @@ class Pool:
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join(timeout=10)
+
+    def ask(self, job: Job, memory: Bulk | None = None) -> None:
+        """Evaluate a force set of this process; its ``reply`` is called in the pool's thread.
+
+        ``memory`` is where its positions and its area lie, if they do.
+        """
+        self._asked.append((job, memory))
+        with suppress(OSError):  # it rings already; or the pool has ended, see `ended`
+            self._ring.send(b"\0")
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether workers of this machine can reach memory of doors."""
+        return self._bulk is not None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the pool has stopped: nobody is answered any more."""
+        return self._stopping.is_set() and not self._thread.is_alive()
 
     @property
     def guarded(self) -> bool:
@@ -187,29 +193,7 @@ class Pool:
         until = time.monotonic() + POLL
         while self._untold and time.monotonic() < until:
             time.sleep(1e-4)
-        workers = sorted(self._dispatch.workers.copy().values(), key=lambda w: w.index)
-        seen, counts = self.watch.workers(), self.watch.counts
-        return Status(
-            version=__version__,
-            host=HOST,
-            pid=os.getpid(),
-            started=self.watch.started,
-            now=time.time(),
-            cards=self._dispatch.cards.copy(),
-            workers=[IDLE | worker.as_dict() | seen.get(worker.index, {}) for worker in workers],
-            force_sets=self.watch.force_sets,
-            structures=self.watch.structures,
-            waiting=self._dispatch.waiting,
-            lost_workers=counts["lost"],
-            refused=counts["refused"],
-            retries=counts["retried"],
-            quarantined=counts["quarantined"],
-            failed=counts["failed"],
-            simulations=self.watch.simulations(),
-            history=self.watch.history(),
-            news=self.watch.news(),
-            turned_away=self._gate.turned_away,
-        )
+        return glance(self._dispatch, self.watch, self._gate.turned_away)
 
     # ---- the loop ---------------------------------------------------------------------------------
 
@@ -217,20 +201,24 @@ class Pool:
         poller = zmq.Poller()
         poller.register(self._doors, zmq.POLLIN)
         poller.register(self._backs, zmq.POLLIN)
+        poller.register(self._bell, zmq.POLLIN)
         try:
             while not self._stopping.is_set():
-                pause = self._dispatch.pause(time.monotonic(), POLL)
+                pause = self._dispatch.pause(time.monotonic(), QUIET if self._untold else POLL)
                 ready = dict(poller.poll(math.ceil(1000 * pause)))
                 for socket, handle in ((self._backs, self._from_worker), (self._doors, self._from_door)):
                     if socket in ready:
                         self._receive(socket, handle)
+                self._hear()
                 while self._dead_pids:
                     self._forget(self._dead_pids.popleft())
                 self._beat(time.monotonic())
                 if self._hopeless and not self._dispatch.workers:
                     self._answer(self._dispatch.fail_all(Fault(self._hopeless, "See the workers' logs.")))
                 self._hand_out()
-                self._tell()
+                if not ready or len(self._untold) > MANY_UNTOLD:
+                    self._tell()
+            self._hear()
             self._fail_all("The pool was stopped.")
             for worker in list(self._dispatch.workers.values()):
                 self._send(self._backs, worker.identity, Message("stop"))
@@ -238,6 +226,8 @@ class Pool:
             time.sleep(0.05)  # lets the farewell leave before the sockets close
         finally:
             self._gate.close()
+            self._bell.close()
+            self._ring.close()
             self._context.destroy(linger=100)
 
     def _note(self, what: str, fields: dict[str, Any]) -> None:
@@ -318,6 +308,22 @@ class Pool:
                 job.area = self._bulk.view(message.fields["forces"], "<f8", structures.positions.shape)
             self._accept(job)
 
+    def _hear(self) -> None:
+        """Take what doors of this process ask."""
+        if not self._asked:
+            return
+        with suppress(BlockingIOError):
+            self._bell.recv(4096)
+        while self._asked:
+            job, memory = self._asked.popleft()
+            if memory is not None:
+                self._bulk.adopt(memory)
+            try:
+                self._accept(job)
+            except Exception as error:  # whatever a door asks, the pool goes on
+                log.exception("a force set could not be taken")
+                job.reply(Fault(f"The pool could not take a force set: {str(error)[:200]}", "See the log."))
+
     def _reaches(self, place: Place | None) -> bool:
         """Whether this process can read and write somebody's memory."""
         try:
@@ -356,14 +362,17 @@ class Pool:
 
     def _answer(self, outcomes: Sequence[Outcome]) -> None:
         for job, found in outcomes:
+            if self.record is not None:
+                self.record("failed" if isinstance(found, Fault) else "answered", job, found)
+            if job.reply is not None:
+                job.reply(found)
+                continue
             if isinstance(found, Fault):
                 fields = {"what": found.what, "fix": found.fix, "suspects": list(found.suspects)}
                 message = Message("failed", {"request": job.request, **fields})
             else:
                 fields = {"request": job.request, "shares": len(job.parts), "clean": job.clean}
                 message = Message("done", fields, results_to_arrays(found))
-            if self.record is not None:
-                self.record("failed" if isinstance(found, Fault) else "answered", job, found)
             # What two workers were given may still be written by the slower one: then it is sent.
             shared = job.area is not None and job.clean
             self._send(self._doors, job.client, message, self._bulk if shared else None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -26,7 +26,8 @@ class Job:
     are its place in the fair queue [cost], ``given`` is how much of it workers were given; ``todo`` is what
     no worker has been given, ``missing`` how many structures have no answer yet; times are those of the
     pool's clock [s]. ``area`` is where a door that shares memory wants its forces, ``clean`` says that nobody
-    but those who have answered was told to write there.
+    but those who have answered was told to write there. ``reply`` is how a door of this process is answered,
+    instead of a message to ``client``.
     """
 
     client: bytes
@@ -50,6 +51,7 @@ class Job:
     ended: bool = False
     area: Array | None = None
     clean: bool = True
+    reply: Callable[[Results | Fault], None] | None = None
 
     @property
     def key(self) -> tuple[str, int]:
