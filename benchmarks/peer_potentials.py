@@ -190,6 +190,32 @@ def sevennet(folder: Path, frames: list[Frame]) -> tuple[list[tuple], dict[str, 
     return found, sources, ["sevenn", "torch-sim-atomistic"]
 
 
+ORB_MAKER = """
+import torch
+from orb_models.forcefield.atomic_system import SystemConfig
+from orb_models.forcefield.calculator import ORBCalculator
+from orb_models.forcefield.pretrained import orb_v3_conservative_architecture
+
+def maker(device="cpu"):
+    torch.manual_seed(1)
+    torch.set_default_dtype(torch.float32)
+    config = SystemConfig(radius=6.0, max_num_neighbors=120)
+    network = orb_v3_conservative_architecture(
+        num_message_passing_steps=2, device=device, system_config=config
+    )
+    return ORBCalculator(network, device=device)
+"""
+
+
+def orb(folder: Path, frames: list[Frame]) -> tuple[list[tuple], dict[str, str], list[str]]:
+    """A small network with the weights that it begins with: those that are trained are downloaded."""
+    (folder / "orb_maker.py").write_text(ORB_MAKER)
+    sys.path.insert(0, str(folder))
+    from orb_maker import maker
+
+    return by_ase(maker(), frames), {"ASE": f"ase:{folder}/orb_maker.py:maker"}, ["orb-models"]
+
+
 def tblite(folder: Path, frames: list[Frame]) -> tuple[list[tuple], dict[str, str], list[str]]:
     """GFN2-xTB by tblite's own Python interface."""
     from tblite.interface import Calculator
@@ -215,7 +241,13 @@ def tblite(folder: Path, frames: list[Frame]) -> tuple[list[tuple], dict[str, st
     return found, sources, ["tblite", "ipi"]
 
 
-PROGRAMS: dict[str, Callable] = {"deepmd": deepmd, "mace": mace, "sevennet": sevennet, "tblite": tblite}
+PROGRAMS: dict[str, Callable] = {
+    "deepmd": deepmd,
+    "mace": mace,
+    "orb": orb,
+    "sevennet": sevennet,
+    "tblite": tblite,
+}
 
 
 def main() -> None:

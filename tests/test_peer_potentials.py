@@ -1,4 +1,4 @@
-"""Models of DeePMD-kit, MACE, SevenNet and tblite, each in an environment of its own, against the program."""
+"""DeePMD-kit, MACE, ORB, SevenNet and tblite, each in an environment of its own, against the program."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ LIMITS = {
     # float32 networks and SCF: to what they repeat; float64: to the order in which numbers are added
     "deepmd": (1e-9, 1e-9, 1e-9),
     "mace": (1e-8, 1e-8, 1e-7),
+    "orb": (1e-3, 1e-3, 1e-2),
     "sevennet": (1e-3, 1e-3, 1e-2),
     "tblite": (1e-5, 1e-4, 1e-3),
 }
