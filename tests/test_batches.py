@@ -6,22 +6,25 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from ase.units import Bohr
-from conftest import INPUT, crystal, triclinic
+from conftest import INPUT, MODEL, crystal, triclinic
 from test_centres import small
 from test_neighbours import CASES, beads, same
 
 from nnqmd_server.doors.template import read_numbers
 from nnqmd_server.errors import InputError
 from nnqmd_server.inputs.run import find_ipi
+from nnqmd_server.potentials import batch, compiled
 from nnqmd_server.potentials.allegro import Allegro
-from nnqmd_server.potentials.batch import cut_by_edges
+from nnqmd_server.potentials.batch import contraction_modifiers, cut_by_edges
 from nnqmd_server.potentials.device_pairs import edges_on_device
 from nnqmd_server.potentials.neighbours import Lists, fresh_edges
+from nnqmd_server.potentials.package import read_card
 from nnqmd_server.structures import Structures, concatenate, from_ase, replicas
 
 
@@ -139,6 +142,60 @@ class Einstein:
         v = 0.01 * ((q - self.start) ** 2).sum(axis=1)
         return [(v[k], f[k].reshape(-1, 3), np.zeros((3, 3)), "") for k in range(len(q))]
 """
+
+
+TRITON, CUEQUIVARIANCE = "enable_TritonContracter", "enable_CuEquivarianceContracter"
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "installed", "wanted"),
+    [
+        ("cpu", "float32", {"triton", "cuequivariance_torch"}, []),
+        ("cuda", "float32", {"triton", "cuequivariance_torch"}, [CUEQUIVARIANCE]),
+        ("cuda", "float64", {"triton", "cuequivariance_torch"}, [TRITON]),
+        ("cuda", "float32", {"triton"}, [TRITON]),
+        ("cuda", "float32", set(), []),
+    ],
+)
+def test_the_tensor_product_is_one_that_is_installed(monkeypatch, device, dtype, installed, wanted):
+    monkeypatch.setattr(batch, "find_spec", lambda name: name in installed or None)
+    assert contraction_modifiers(device, dtype, [TRITON, CUEQUIVARIANCE, "other"]) == wanted
+    assert contraction_modifiers(device, dtype, ["other"]) == []
+
+
+def test_the_shipped_model_has_these_tensor_products():
+    from nequip.model.modify_utils import get_all_modifiers
+
+    from nnqmd_server.potentials.saved import saved_model
+
+    assert {TRITON, CUEQUIVARIANCE} <= set(get_all_modifiers(saved_model(MODEL, read_card(MODEL))))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_tensor_product_that_cannot_be_compiled_is_left_out(monkeypatch, tmp_path, device):
+    """The compiler is ours, so that there need not be a GPU: it fails, unless it is to leave it out."""
+    monkeypatch.setenv("NNQMD_CACHE", str(tmp_path))
+    monkeypatch.setattr(compiled, "_hardware", lambda device: device)
+    calls = []
+
+    def run(command, stdout, **_):
+        calls.append(command)
+        stdout.write(f"call {len(calls)}\n")
+        if "--plain" not in command:
+            raise subprocess.CalledProcessError(1, command)
+        Path(command[command.index("--device") - 1]).write_bytes(b"compiled")
+
+    monkeypatch.setattr(compiled.subprocess, "run", run)
+    file, why = compiled.compiled_model(MODEL, read_card(MODEL), device)
+    (log,) = tmp_path.glob("*.log")
+    if device == "cpu":
+        assert (file, len(calls)) == (None, 1)
+        assert why.startswith("eager: compilation failed")
+        assert str(log) in why
+    else:
+        assert file.read_bytes() == b"compiled"
+        assert why == "compiled for cuda, with nequip's own tensor product"
+        assert log.read_text().split() == ["call", "1", "call", "2"]
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="float32")
+    parser.add_argument("--plain", action="store_true", help="with nequip's own tensor product")
     options = parser.parse_args()
     card = replace(read_card(options.model), dtype=options.precision)
     model = saved_model(options.model, card)
@@ -46,7 +47,7 @@ def main() -> None:
     words += ["--target", "nnqmd_batch" if "wannier_centroid" in card.properties else "batch"]
     words += ["--tf32"] if options.precision == "tf32" else []
     modifiers = contraction_modifiers(options.device, model.metadata["model_dtype"], get_all_modifiers(model))
-    words += ["--modifiers", *modifiers] if modifiers else []
+    words += ["--modifiers", *modifiers] if modifiers and not options.plain else []
     nequip_compile.main(words)
 
 
