@@ -76,9 +76,9 @@ def reference() -> Measured:
 def of_model(source: str | Path) -> Measured:
     """The same with a model, at the model's own minima."""
     evaluate = model_evaluate(source)
-    curve = quantities.phase1(evaluate, evaluate)
-    relaxed = curve[quantities.LATTICE.index(quantities.PHONON_LATTICE)]
-    return measured(curve, quantities.phonons(evaluate, relaxed), quantities.molecule(evaluate, evaluate))
+    return measured(
+        *(make(evaluate, evaluate) for make in (quantities.phase1, quantities.phonons, quantities.molecule))
+    )
 
 
 def rows(found: Mapping[str, Measured]) -> list[list[str]]:

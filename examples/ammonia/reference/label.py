@@ -1,8 +1,8 @@
 """Compute the reference with CP2K: phase I, its phonons, the molecule. An interrupted run goes on.
 
-python label.py phase1 --work /some/folder       # about 25 structures of 16 atoms
-python label.py phonons --work /some/folder      # 12; after phase1
-python label.py molecule --work /some/folder     # about 16 boxes of 10 Angstrom
+python label.py phase1 --work /some/folder       # about 15 structures of 16 atoms
+python label.py phonons --work /some/folder      # 12 more
+python label.py molecule --work /some/folder     # about 15 boxes of 8 Angstrom
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from pathlib import Path
 
 import quantities
 from ase import Atoms
-from ase.io import read
 from compare import model_evaluate
 
 from nnqmd_server.labels.codes import Code, parse_code
@@ -54,17 +53,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for what CP2K has computed")
     parser.add_argument("--command", default="", help="how CP2K is started; cp2k.psmp by default")
     options = parser.parse_args()
-    code = parse_code("cp2k", command=options.command, with_wannier=False, timeout=7200.0)
+    # the molecule at Gamma; the crystal with the 2 x 2 x 2 points of the training data, at every size
+    k_length = quantities.BOX if options.what == "molecule" else 9.0
+    code = parse_code("cp2k", command=options.command, with_wannier=False, k_length=k_length, timeout=7200.0)
     evaluate, guide = kept(code, options.work), model_evaluate(GUIDE)
-    if options.what == "phase1":
-        frames = quantities.phase1(evaluate, guide)
-    elif options.what == "molecule":
-        frames = quantities.molecule(evaluate, guide)
-    else:
-        curve = read(HERE / "phase1.xyz", ":", parallel=False)
-        frames = quantities.phonons(
-            evaluate, next(f for f in curve if abs(f.cell[0, 0] - quantities.PHONON_LATTICE) < 1e-6)
-        )
+    frames = getattr(quantities, options.what)(evaluate, guide)
     for frame in frames:
         frame.info |= {"label_code": code.name}
         frame.info.pop("label_seconds", None)

@@ -24,7 +24,7 @@ Build = Callable[[Array], Atoms]
 LATTICE = (4.90, 4.96, 5.02, 5.08, 5.14, 5.20)
 """Lattice constants of phase I [Angstrom]."""
 PHONON_LATTICE = 5.08
-BOX = 10.0
+BOX = 8.0
 """Of the molecule [Angstrom]."""
 STEP = 0.03
 """Of the finite differences [Angstrom]. Larger than usual: forces of a plane-wave grid carry noise."""
@@ -53,12 +53,12 @@ def molecule_in_box(free: Array) -> Atoms:
     radius, height = free
     angles = 0.2 + np.arange(3) * 2 * np.pi / 3
     hydrogen = np.stack([radius * np.cos(angles), radius * np.sin(angles), np.full(3, height)], axis=1)
-    positions = np.concatenate([np.zeros((1, 3)), hydrogen]) + np.array([5.01, 4.98, 5.03])
+    positions = np.concatenate([np.zeros((1, 3)), hydrogen]) + np.array([4.01, 3.98, 4.03])
     return Atoms("NHHH", positions, cell=[BOX] * 3, pbc=True)
 
 
 def relax(
-    build: Build, free: Array, evaluate: Evaluate, guide: Evaluate, most: int = 30
+    build: Build, free: Array, evaluate: Evaluate, guide: Evaluate, ahead: Array | float = 0.0, most: int = 30
 ) -> tuple[Atoms, Array]:
     """Newton's steps in the free coordinates: to the minimum of ``guide``, and from there with its curvature.
 
@@ -72,8 +72,15 @@ def relax(
         The potential.
     guide
         A cheap potential like it (or the same).
+    ahead
+        How far the minimum probably lies from that of the guide, as found for a similar structure [Angstrom].
     most
         Steps with each.
+
+    Returns
+    -------
+    Atoms, Array
+        The relaxed structure with its labels, and how far its minimum lies from that of the guide [Angstrom].
 
     Raises
     ------
@@ -86,10 +93,12 @@ def relax(
         if left < _FORCE_LEFT:
             break
         free = free - _step(curvature, gradient)
+    start = free
+    free = free + ahead
     for _ in range(most):
         gradient, left, frame = _slope(build, free, evaluate)
         if left < _FORCE_LEFT:
-            return frame, free
+            return frame, free - start
         free = free - _step(curvature, gradient)
     raise DataError(
         f"A force of {left:.3f} eV/Angstrom is left after {most} steps.",
@@ -135,20 +144,23 @@ FREE_MOLECULE = np.array([0.94, 0.38])
 
 def phase1(evaluate: Evaluate, guide: Evaluate) -> list[Atoms]:
     """Phase I relaxed at every lattice constant; ``guide`` is a potential whose curvature is good enough."""
-    frames, free, last = [], FREE_CRYSTAL, 5.13
-    for lattice in reversed(LATTICE):
-        build = phase1_crystal(lattice)
-        free = free * lattice / last
-        frame, free = relax(build, free, evaluate, guide)
-        last = lattice
-        frame.info |= {"config_type": "phase1", "free": free}
+    frames, ahead = [], 0.0
+    for lattice in sorted(LATTICE, key=lambda a: abs(a - PHONON_LATTICE)):
+        frame, ahead = _crystal(lattice, evaluate, guide, ahead)
+        frame.info["config_type"] = "phase1"
         frames.append(frame)
-    return frames[::-1]
+    return sorted(frames, key=lambda frame: frame.cell[0, 0])
 
 
-def phonons(evaluate: Evaluate, relaxed: Atoms) -> list[Atoms]:
+def _crystal(
+    lattice: float, evaluate: Evaluate, guide: Evaluate, ahead: Array | float
+) -> tuple[Atoms, Array]:
+    return relax(phase1_crystal(lattice), FREE_CRYSTAL * lattice / 5.13, evaluate, guide, ahead)
+
+
+def phonons(evaluate: Evaluate, guide: Evaluate) -> list[Atoms]:
     """The relaxed crystal, and N and one H of its first molecule moved to and fro along each axis."""
-    return _displaced(evaluate, relaxed, "phonons")
+    return _displaced(evaluate, _crystal(PHONON_LATTICE, evaluate, guide, 0.0)[0], "phonons")
 
 
 def molecule(evaluate: Evaluate, guide: Evaluate) -> list[Atoms]:

@@ -1,0 +1,81 @@
+"""The models that ship against the reference of CP2K that ships, and what the comparison is made of."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from ase.io import read, write
+from conftest import MODEL, ROOT
+from typer.testing import CliRunner
+
+FOLDER = ROOT / "examples/ammonia/reference"
+
+
+@pytest.fixture(scope="module")
+def compare():
+    sys.path.insert(0, str(FOLDER))
+    try:
+        import compare as module
+    finally:
+        sys.path.remove(str(FOLDER))
+    return module
+
+
+@pytest.fixture(scope="module")
+def evaluate(compare):
+    return compare.model_evaluate(MODEL)
+
+
+def test_symmetry_gives_what_moving_every_atom_gives(compare, evaluate, monkeypatch):
+    q = compare.quantities
+    monkeypatch.setattr(q, "STEP", 1e-3)  # moves of 0.03 A are large enough to break the symmetry by 0.2 %
+    for frames, wavenumbers in (
+        (q.molecule(evaluate, evaluate), q.molecule_wavenumbers),
+        (q.phonons(evaluate, evaluate), q.phonon_wavenumbers),
+    ):
+        relaxed = frames[0]
+        n = len(relaxed)
+        columns = []
+        for k in range(3 * n):
+            up, down = (relaxed.copy() for _ in range(2))
+            up.positions.ravel()[k] += q.STEP
+            down.positions.ravel()[k] -= q.STEP
+            columns.append((evaluate(down).get_forces() - evaluate(up).get_forces()).ravel() / (2 * q.STEP))
+        masses = np.repeat(relaxed.get_masses(), 3)
+        whole = np.array(columns)
+        squares = np.linalg.eigvalsh((whole + whole.T) / 2 / np.sqrt(np.outer(masses, masses)))
+        found = wavenumbers(frames)
+        # eV/(A^2 amu) to (1/cm)^2; modes that leave the energy as it is stand below
+        direct = np.sqrt(squares[-len(found) :]) * 521.47
+        assert found == pytest.approx(direct, rel=1e-4, abs=0.1)
+
+
+def test_errors_of_a_model_on_new_frames_are_printed(evaluate, tmp_path):
+    from nnqmd_server.cli import app
+
+    # labels that are the model's own, one force wrong by 1 eV/A: 1 of 96 components
+    frames = [evaluate(a) for a in read(FOLDER.parent / "data/ammonia_train.xyz", ":2", parallel=False)]
+    frames[0].calc.results["forces"][3, 1] += 1.0
+    for frame in frames:
+        frame.set_array("wannier_centroid", np.zeros((len(frame), 3)))
+    write(tmp_path / "labels.xyz", frames, format="extxyz", parallel=False)
+    json_file = tmp_path / "errors.json"
+    args = [
+        "model",
+        "errors",
+        f"mine={MODEL}",
+        "--frames",
+        str(tmp_path / "labels.xyz"),
+        "--json",
+        str(json_file),
+    ]
+    done = CliRunner().invoke(app, args, env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    forces = json.loads(json_file.read_text())["mine"]["forces_meV_per_A"]
+    assert forces["mae"] == pytest.approx(1000 / 96, abs=0.05)
+    assert forces["rmse"] == pytest.approx(1000 / 96**0.5, abs=0.05)
+    row = next(line for line in done.output.splitlines() if line.startswith("forces"))
+    assert "10.4" in row and "102.1" in row
