@@ -34,13 +34,13 @@ BANDS = {
 
 @dataclass(frozen=True)
 class Measured:
-    """All that is compared, of the reference or of a model."""
+    """All that is compared, of the reference or of a model; what was not computed is None."""
 
-    lattice: quantities.Lattice
-    phonons: Array
-    molecule: Array
-    bond: float
-    angle: float
+    lattice: quantities.Lattice | None
+    phonons: Array | None
+    molecule: Array | None
+    bond: float = np.nan
+    angle: float = np.nan
 
 
 def model_evaluate(source: str | Path) -> quantities.Evaluate:
@@ -56,89 +56,104 @@ def model_evaluate(source: str | Path) -> quantities.Evaluate:
 
 
 def measured(phase1: Sequence[Atoms], phonons: Sequence[Atoms], molecule: Sequence[Atoms]) -> Measured:
-    """Numbers from labelled frames."""
+    """Numbers from labelled frames; an empty list is left out."""
     return Measured(
-        quantities.lattice_of(phase1),
-        quantities.phonon_wavenumbers(phonons),
-        quantities.molecule_wavenumbers(molecule),
-        molecule[0].get_distance(0, 1),
-        molecule[0].get_angle(1, 0, 2),
+        quantities.lattice_of(phase1) if phase1 else None,
+        quantities.phonon_wavenumbers(phonons) if phonons else None,
+        quantities.molecule_wavenumbers(molecule) if molecule else None,
+        molecule[0].get_distance(0, 1) if molecule else np.nan,
+        molecule[0].get_angle(1, 0, 2) if molecule else np.nan,
     )
+
+
+def reference_frames() -> dict[str, list[Atoms]]:
+    """What CP2K has computed (the files beside this one); a file that is not there yet is an empty list."""
+    files = {name: HERE / f"{name}.xyz" for name in ("phase1", "phonons", "molecule")}
+    return {name: read(file, ":", parallel=False) if file.is_file() else [] for name, file in files.items()}
 
 
 def reference() -> Measured:
-    """What CP2K said (the files beside this one)."""
-    return measured(
-        *(read(HERE / f"{name}.xyz", ":", parallel=False) for name in ("phase1", "phonons", "molecule"))
-    )
+    """What CP2K says."""
+    return measured(**reference_frames())
 
 
 def of_model(source: str | Path) -> Measured:
     """The same with a model, at the model's own minima."""
     evaluate = model_evaluate(source)
+    there = {name for name, frames in reference_frames().items() if frames}
     return measured(
-        *(make(evaluate, evaluate) for make in (quantities.phase1, quantities.phonons, quantities.molecule))
+        **{
+            name: getattr(quantities, name)(evaluate, evaluate) if name in there else []
+            for name in ("phase1", "phonons", "molecule")
+        }
     )
 
 
 def rows(found: Mapping[str, Measured]) -> list[list[str]]:
     """The table, a row for each quantity, a column for each of ``found``; the first is the reference."""
     said = list(found.values())
-    truth = said[0]
 
     def row(name: str, unit: str, digits: int, value: Callable[[Measured], float]) -> list[str]:
         return [name, unit, *(f"{value(one):.{digits}f}" for one in said)]
 
-    def off(name: str, part: slice) -> list[str]:
-        apart = [one.phonons[part] - truth.phonons[part] for one in said]
-        texts = [f"{truth.phonons[part].min():.0f} to {truth.phonons[part].max():.0f}"]
-        texts += [f"{d.mean():+.0f} +- {d.std():.0f}" for d in apart[1:]]
-        return [f"phonons, {name}", "1/cm", *texts]
-
-    table = [
-        row("lattice constant, lowest energy", "A", 3, lambda one: one.lattice.from_energy),
-        row("lattice constant, zero pressure", "A", 3, lambda one: one.lattice.from_pressure),
-        row("bulk modulus", "GPa", 1, lambda one: one.lattice.bulk_modulus),
-    ]
-    for k, a in enumerate(quantities.LATTICE):
-        table.append(row(f"pressure at {a:.2f} A", "GPa", 2, lambda one, k=k: float(one.lattice.pressure[k])))
-    for k, a in enumerate(quantities.LATTICE):
-        table.append(
-            row(f"energy at {a:.2f} A", "meV/atom", 2, lambda one, k=k: float(one.lattice.energy[k]))
-        )
-    table += [off(name, part) for name, part in BANDS.items()]
-    for k, mode in {0: "a1 umbrella", 1: "e bending", 3: "a1 stretching", 4: "e stretching"}.items():
-        table.append(row(f"molecule, {mode}", "1/cm", 0, lambda one, k=k: float(one.molecule[k])))
-    table.append(row("molecule, N-H", "A", 4, lambda one: one.bond))
-    table.append(row("molecule, H-N-H", "degree", 2, lambda one: one.angle))
+    table = []
+    if said[0].lattice is not None:
+        table += [
+            row("lattice constant, lowest energy", "A", 3, lambda one: one.lattice.from_energy),
+            row("lattice constant, zero pressure", "A", 3, lambda one: one.lattice.from_pressure),
+            row("bulk modulus", "GPa", 1, lambda one: one.lattice.bulk_modulus),
+        ]
+        for k, a in enumerate(said[0].lattice.constants):
+            table.append(row(f"pressure at {a:.2f} A", "GPa", 2, lambda one, k=k: one.lattice.pressure[k]))
+        for k, a in enumerate(said[0].lattice.constants):
+            table.append(row(f"energy at {a:.2f} A", "meV/atom", 2, lambda one, k=k: one.lattice.energy[k]))
+    if said[0].phonons is not None:
+        table += [_phonon_row(name, part, said) for name, part in BANDS.items()]
+    if said[0].molecule is not None:
+        for k, mode in {0: "a1 umbrella", 1: "e bending", 3: "a1 stretching", 4: "e stretching"}.items():
+            table.append(row(f"molecule, {mode}", "1/cm", 0, lambda one, k=k: one.molecule[k]))
+        table.append(row("molecule, N-H", "A", 4, lambda one: one.bond))
+        table.append(row("molecule, H-N-H", "degree", 2, lambda one: one.angle))
     return table
 
 
+def _phonon_row(name: str, part: slice, said: Sequence[Measured]) -> list[str]:
+    truth = said[0].phonons[part]
+    apart = [one.phonons[part] - truth for one in said[1:]]
+    texts = [f"{truth.min():.0f} to {truth.max():.0f}"]
+    return [f"phonons, {name}", "1/cm", *texts, *(f"{d.mean():+.0f} +- {d.std():.0f}" for d in apart)]
+
+
 def draw(path: Path, found: Mapping[str, Measured]) -> None:
-    """Energy and pressure of phase I against its lattice constant, and its phonons."""
-    a = np.array(quantities.LATTICE)
+    """Energy and pressure of phase I against its lattice constant, and vibrations against the reference's."""
+    truth = next(iter(found.values()))
     with pictures.style():
         figure = Figure(figsize=(13.8, 4.4), layout="constrained")
         energy, pressure, modes = figure.subplots(1, 3)
         for k, (name, one) in enumerate(found.items()):
             colour, marker = ("0.15", "s") if k == 0 else (pictures.COLOURS[k - 1], "o")
-            energy.plot(a, one.lattice.energy, f"-{marker}", color=colour, ms=4, label=name)
-            pressure.plot(a, one.lattice.pressure, f"-{marker}", color=colour, ms=4, label=name)
-            if k:
-                truth = next(iter(found.values())).phonons
+            line = {"color": colour, "ms": 4, "label": name}
+            if one.lattice is not None:
+                energy.plot(one.lattice.constants, one.lattice.energy, f"-{marker}", **line)
+                pressure.plot(one.lattice.constants, one.lattice.pressure, f"-{marker}", **line)
+            if k and truth.phonons is not None:
+                off = one.phonons - truth.phonons
+                modes.plot(truth.phonons, off, "o", color=colour, ms=4, lw=0, label=f"{name}, phase I")
+            if k and truth.molecule is not None:
+                off = one.molecule - truth.molecule
                 modes.plot(
-                    truth, one.phonons - truth, marker, color=colour, ms=4, alpha=0.8, lw=0, label=name
+                    truth.molecule, off, "D", color=colour, ms=6, mfc="none", label=f"{name}, molecule"
                 )
         energy.set(xlabel="lattice constant (Å)", ylabel="energy above the minimum (meV/atom)")
         pressure.set(xlabel="lattice constant (Å)", ylabel="pressure (GPa)")
-        modes.set(xlabel="phonon of the reference (cm$^{-1}$)", ylabel="model minus reference (cm$^{-1}$)")
-        for axes in (pressure, modes):
-            axes.axhline(0, color="0.6", lw=0.8, zorder=0)
+        modes.set(xlabel="wavenumber by CP2K (cm$^{-1}$)", ylabel="model minus CP2K (cm$^{-1}$)")
         for axes, letter in zip((energy, pressure, modes), "abc", strict=True):
+            if letter != "a":
+                axes.axhline(0, color="0.6", lw=0.8, zorder=0)
             axes.set_title(letter, loc="left", weight="bold")
             axes.legend()
         pictures.headline(
-            figure, "Ammonia, phase I: models against CP2K", "positions relaxed; phonons at Gamma"
+            figure, "Ammonia: models against CP2K", "phase I with relaxed positions; vibrations"
         )
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
@@ -159,7 +174,8 @@ def main() -> None:
     print(f"| quantity | unit | {' | '.join(found)} |\n|{'---|' * (len(found) + 2)}")
     for row in rows(found):
         print(f"| {' | '.join(row)} |")
-    print("Phonons of a model: its own minus the reference's, mean and standard deviation over the modes.")
+    if found["CP2K"].phonons is not None:
+        print("Phonons of a model: its own minus CP2K's, mean and standard deviation over the modes.")
     if options.figure:
         draw(options.figure, found)
 

@@ -1,6 +1,6 @@
 """Compute the reference with CP2K: phase I, its phonons, the molecule. An interrupted run goes on.
 
-python label.py phase1 --work /some/folder       # about 15 structures of 16 atoms
+python label.py phase1 --work /some/folder       # about 12 structures of 16 atoms
 python label.py phonons --work /some/folder      # 12 more
 python label.py molecule --work /some/folder     # about 15 boxes of 8 Angstrom
 """

@@ -21,7 +21,7 @@ Evaluate = Callable[[Atoms], Atoms]
 Build = Callable[[Array], Atoms]
 """A structure from its free coordinates [Angstrom]; positions are linear in them."""
 
-LATTICE = (4.90, 4.96, 5.02, 5.08, 5.14, 5.20)
+LATTICE = (4.96, 5.02, 5.08, 5.14, 5.20)
 """Lattice constants of phase I [Angstrom]."""
 PHONON_LATTICE = 5.08
 BOX = 8.0
@@ -32,7 +32,7 @@ STEP = 0.03
 _SIGNS = np.array([[1, 1, 1], [-1, -1, 1], [-1, 1, -1], [1, -1, -1]])
 _SHIFTS = np.array([[0, 0, 0], [1, 0, 1], [0, 1, 1], [1, 1, 0]]) / 2
 _TURNS = ([0, 1, 2], [2, 0, 1], [1, 2, 0])  # the threefold axis: x,y,z  z,x,y  y,z,x
-_FORCE_LEFT = 0.01
+_FORCE_LEFT = 0.02
 """Largest force along a free coordinate that counts as none [eV/Angstrom]."""
 
 
@@ -190,8 +190,10 @@ class Lattice:
 
     Parameters
     ----------
+    constants : Array
+        Lattice constants [Angstrom], shape (n,).
     energy : Array
-        Above that of its lowest point [meV/atom], shape (n,).
+        Above the lowest of the fitted curve [meV/atom], shape (n,).
     pressure : Array
         [GPa], shape (n,).
     from_energy, from_pressure : float
@@ -202,6 +204,7 @@ class Lattice:
         N-H length [Angstrom] and H-N-H angle [degree], shape (n,).
     """
 
+    constants: Array
     energy: Array
     pressure: Array
     from_energy: float
@@ -212,18 +215,19 @@ class Lattice:
 
 
 def lattice_of(frames: Sequence[Atoms]) -> Lattice:
-    """Cubic fits to energy and pressure against the lattice constant."""
+    """Fits to energy and pressure against the lattice constant: cubic, or as far as the points allow."""
+    degree = min(3, len(frames) - 1)
     a = np.array([frame.cell[0, 0] for frame in frames])
     energy = np.array([frame.get_potential_energy() / len(frame) for frame in frames]) * 1e3
     pressure = np.array([-np.trace(frame.get_stress(voigt=False)) / 3 for frame in frames]) / GPA
     middle = a.mean()
-    in_energy = np.polynomial.Polynomial.fit(a - middle, energy, 3)
-    in_pressure = np.polynomial.Polynomial.fit(a - middle, pressure, 3)
+    in_energy = np.polynomial.Polynomial.fit(a - middle, energy, degree)
+    in_pressure = np.polynomial.Polynomial.fit(a - middle, pressure, degree)
     lowest = _root(in_energy.deriv(), a - middle) + middle
     none = _root(in_pressure, a - middle) + middle
     bulk = -none / 3 * float(in_pressure.deriv()(none - middle))
     return Lattice(
-        energy - in_energy(lowest - middle), pressure, lowest, none, bulk,
+        a, energy - in_energy(lowest - middle), pressure, lowest, none, bulk,
         np.array([frame.get_distance(0, 1, mic=True) for frame in frames]),
         np.array([frame.get_angle(1, 0, 2, mic=True) for frame in frames]),
     )  # fmt: skip
