@@ -53,6 +53,15 @@ def test_symmetry_gives_what_moving_every_atom_gives(compare, evaluate, monkeypa
         assert found == pytest.approx(direct, rel=1e-4, abs=0.1)
 
 
+def test_the_model_stands_to_the_reference_as_the_docs_say(compare):
+    reference, model = compare.reference(), compare.of_model(MODEL)
+    assert reference.lattice.from_pressure == pytest.approx(5.094, abs=1e-3)
+    assert model.lattice.from_pressure == pytest.approx(5.147, abs=2e-3)
+    assert reference.bond == pytest.approx(1.0208, abs=1e-4)
+    assert model.bond == pytest.approx(1.0230, abs=2e-4)
+    assert model.angle - reference.angle == pytest.approx(-0.78, abs=0.05)
+
+
 def test_errors_of_a_model_on_new_frames_are_printed(evaluate, tmp_path):
     from nnqmd_server.cli import app
 
@@ -79,3 +88,16 @@ def test_errors_of_a_model_on_new_frames_are_printed(evaluate, tmp_path):
     assert forces["rmse"] == pytest.approx(1000 / 96**0.5, abs=0.05)
     row = next(line for line in done.output.splitlines() if line.startswith("forces"))
     assert "10.4" in row and "102.1" in row
+
+
+def test_the_beads_that_ship_are_new_and_the_models_do_on_them_what_the_docs_say():
+    from nnqmd_server.potentials.load import load
+    from nnqmd_server.training import data
+    from nnqmd_server.training.accuracy import errors_on
+
+    folder = FOLDER.parent / "data"
+    beads = data.read_frames(folder / "ammonia_beads.xyz")
+    data.check([*data.read_frames(folder / "ammonia_train.xyz"), *beads], ["N", "H"], ["N"])
+    errors = errors_on(load(str(MODEL), compiled=False), beads, data.groups_of(beads, "config_type"))
+    assert errors["forces_meV_per_A"]["mae"] == pytest.approx(53.6, abs=0.1)
+    assert errors["wannier_centroid_A"]["mae"] == pytest.approx(0.0034, abs=1e-4)

@@ -56,11 +56,11 @@ def model_evaluate(source: str | Path) -> quantities.Evaluate:
 
 
 def measured(phase1: Sequence[Atoms], phonons: Sequence[Atoms], molecule: Sequence[Atoms]) -> Measured:
-    """Numbers from labelled frames; an empty list is left out."""
+    """Numbers from labelled frames; what there are no frames for is left out."""
     return Measured(
-        quantities.lattice_of(phase1) if phase1 else None,
+        quantities.lattice_of(phase1) if len(phase1) > 1 else None,
         quantities.phonon_wavenumbers(phonons) if phonons else None,
-        quantities.molecule_wavenumbers(molecule) if molecule else None,
+        quantities.molecule_wavenumbers(molecule) if len(molecule) > 1 else None,
         molecule[0].get_distance(0, 1) if molecule else np.nan,
         molecule[0].get_angle(1, 0, 2) if molecule else np.nan,
     )
@@ -78,15 +78,20 @@ def reference() -> Measured:
 
 
 def of_model(source: str | Path) -> Measured:
-    """The same with a model, at the model's own minima."""
+    """The same with a model, at the model's own minima, as far as there is a reference."""
     evaluate = model_evaluate(source)
-    there = {name for name, frames in reference_frames().items() if frames}
+    there = reference_frames()
+    constants = [frame.cell[0, 0] for frame in there["phase1"]]
+    molecule = quantities.molecule if len(there["molecule"]) > 1 else _molecule_at_rest
     return measured(
-        **{
-            name: getattr(quantities, name)(evaluate, evaluate) if name in there else []
-            for name in ("phase1", "phonons", "molecule")
-        }
+        quantities.phase1(evaluate, evaluate, constants),
+        quantities.phonons(evaluate, evaluate) if there["phonons"] else [],
+        molecule(evaluate, evaluate) if there["molecule"] else [],
     )
+
+
+def _molecule_at_rest(evaluate: quantities.Evaluate, guide: quantities.Evaluate) -> list[Atoms]:
+    return [quantities.relaxed_molecule(evaluate, guide)]
 
 
 def rows(found: Mapping[str, Measured]) -> list[list[str]]:
@@ -98,13 +103,15 @@ def rows(found: Mapping[str, Measured]) -> list[list[str]]:
 
     table = []
     if said[0].lattice is not None:
-        table += [
-            row("lattice constant, lowest energy", "A", 3, lambda one: one.lattice.from_energy),
-            row("lattice constant, zero pressure", "A", 3, lambda one: one.lattice.from_pressure),
-            row("bulk modulus", "GPa", 1, lambda one: one.lattice.bulk_modulus),
-        ]
+        table.append(row("lattice constant, zero pressure", "A", 3, lambda one: one.lattice.from_pressure))
+        if np.isfinite(said[0].lattice.from_energy):
+            table.append(row("lattice constant, lowest energy", "A", 3, lambda one: one.lattice.from_energy))
+            table.append(row("bulk modulus", "GPa", 1, lambda one: one.lattice.bulk_modulus))
         for k, a in enumerate(said[0].lattice.constants):
             table.append(row(f"pressure at {a:.2f} A", "GPa", 2, lambda one, k=k: one.lattice.pressure[k]))
+        for k, a in enumerate(said[0].lattice.constants):
+            table.append(row(f"N-H at {a:.2f} A", "A", 4, lambda one, k=k: one.lattice.bond[k]))
+            table.append(row(f"H-N-H at {a:.2f} A", "degree", 2, lambda one, k=k: one.lattice.angle[k]))
         for k, a in enumerate(said[0].lattice.constants):
             table.append(row(f"energy at {a:.2f} A", "meV/atom", 2, lambda one, k=k: one.lattice.energy[k]))
     if said[0].phonons is not None:
@@ -112,6 +119,7 @@ def rows(found: Mapping[str, Measured]) -> list[list[str]]:
     if said[0].molecule is not None:
         for k, mode in {0: "a1 umbrella", 1: "e bending", 3: "a1 stretching", 4: "e stretching"}.items():
             table.append(row(f"molecule, {mode}", "1/cm", 0, lambda one, k=k: one.molecule[k]))
+    if np.isfinite(said[0].bond):
         table.append(row("molecule, N-H", "A", 4, lambda one: one.bond))
         table.append(row("molecule, H-N-H", "degree", 2, lambda one: one.angle))
     return table

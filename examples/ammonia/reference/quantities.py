@@ -33,7 +33,9 @@ _SIGNS = np.array([[1, 1, 1], [-1, -1, 1], [-1, 1, -1], [1, -1, -1]])
 _SHIFTS = np.array([[0, 0, 0], [1, 0, 1], [0, 1, 1], [1, 1, 0]]) / 2
 _TURNS = ([0, 1, 2], [2, 0, 1], [1, 2, 0])  # the threefold axis: x,y,z  z,x,y  y,z,x
 _FORCE_LEFT = 0.02
-"""Largest force along a free coordinate that counts as none [eV/Angstrom]."""
+"""Largest force along a free coordinate that counts as none [eV/Angstrom]: the noise of the reference."""
+_GUIDE_LEFT = 0.01
+"""The same for the guide, which has no noise (a model is its own guide)."""
 
 
 def phase1_crystal(lattice: float) -> Build:
@@ -90,7 +92,7 @@ def relax(
     for _ in range(most):
         gradient, left, _ = _slope(build, free, guide)
         curvature = curvature_of(build, free, guide)
-        if left < _FORCE_LEFT:
+        if left < _GUIDE_LEFT:
             break
         free = free - _step(curvature, gradient)
     start = free
@@ -142,10 +144,10 @@ FREE_CRYSTAL = np.array([0.2107, 0.3689, 0.2671, 0.1159]) * 5.13
 FREE_MOLECULE = np.array([0.94, 0.38])
 
 
-def phase1(evaluate: Evaluate, guide: Evaluate) -> list[Atoms]:
+def phase1(evaluate: Evaluate, guide: Evaluate, constants: Sequence[float] = LATTICE) -> list[Atoms]:
     """Phase I relaxed at every lattice constant; ``guide`` is a potential whose curvature is good enough."""
     frames, ahead = [], 0.0
-    for lattice in sorted(LATTICE, key=lambda a: abs(a - PHONON_LATTICE)):
+    for lattice in sorted(constants, key=lambda a: abs(a - PHONON_LATTICE)):
         frame, ahead = _crystal(lattice, evaluate, guide, ahead)
         frame.info["config_type"] = "phase1"
         frames.append(frame)
@@ -165,8 +167,12 @@ def phonons(evaluate: Evaluate, guide: Evaluate) -> list[Atoms]:
 
 def molecule(evaluate: Evaluate, guide: Evaluate) -> list[Atoms]:
     """The relaxed molecule, and its N and one H moved to and fro along each axis."""
-    relaxed, _ = relax(molecule_in_box, FREE_MOLECULE, evaluate, guide)
-    return _displaced(evaluate, relaxed, "molecule")
+    return _displaced(evaluate, relaxed_molecule(evaluate, guide), "molecule")
+
+
+def relaxed_molecule(evaluate: Evaluate, guide: Evaluate) -> Atoms:
+    """The molecule at its minimum."""
+    return relax(molecule_in_box, FREE_MOLECULE, evaluate, guide)[0]
 
 
 def _displaced(evaluate: Evaluate, relaxed: Atoms, name: str) -> list[Atoms]:
@@ -193,13 +199,13 @@ class Lattice:
     constants : Array
         Lattice constants [Angstrom], shape (n,).
     energy : Array
-        Above the lowest of the fitted curve [meV/atom], shape (n,).
+        Above the lowest of the points [meV/atom], shape (n,).
     pressure : Array
         [GPa], shape (n,).
     from_energy, from_pressure : float
-        Lattice constant at the lowest energy and at zero pressure [Angstrom].
+        Lattice constant at the lowest energy (NaN of two points) and at zero pressure [Angstrom].
     bulk_modulus : float
-        At zero pressure [GPa].
+        At zero pressure [GPa]; NaN of two points.
     bond, angle : Array
         N-H length [Angstrom] and H-N-H angle [degree], shape (n,).
     """
@@ -223,11 +229,11 @@ def lattice_of(frames: Sequence[Atoms]) -> Lattice:
     middle = a.mean()
     in_energy = np.polynomial.Polynomial.fit(a - middle, energy, degree)
     in_pressure = np.polynomial.Polynomial.fit(a - middle, pressure, degree)
-    lowest = _root(in_energy.deriv(), a - middle) + middle
+    lowest = _root(in_energy.deriv(), a - middle) + middle if degree > 1 else np.nan
     none = _root(in_pressure, a - middle) + middle
-    bulk = -none / 3 * float(in_pressure.deriv()(none - middle))
+    bulk = -none / 3 * float(in_pressure.deriv()(none - middle)) if degree > 1 else np.nan
     return Lattice(
-        a, energy - in_energy(lowest - middle), pressure, lowest, none, bulk,
+        a, energy - energy.min(), pressure, lowest, none, bulk,
         np.array([frame.get_distance(0, 1, mic=True) for frame in frames]),
         np.array([frame.get_angle(1, 0, 2, mic=True) for frame in frames]),
     )  # fmt: skip
