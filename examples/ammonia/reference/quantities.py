@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from ase import Atoms
@@ -62,7 +63,7 @@ def molecule_in_box(free: Array) -> Atoms:
 def relax(
     build: Build, free: Array, evaluate: Evaluate, guide: Evaluate, ahead: Array | float = 0.0, most: int = 30
 ) -> tuple[Atoms, Array]:
-    """Newton's steps in the free coordinates: to the minimum of ``guide``, and from there with its curvature.
+    """Quasi-Newton steps in the free coordinates: to the minimum of ``guide``, and on with its curvature.
 
     Parameters
     ----------
@@ -97,15 +98,29 @@ def relax(
         free = free - _step(curvature, gradient)
     start = free
     free = free + ahead
+    been: list[tuple[Array, Array]] = []
     for _ in range(most):
         gradient, left, frame = _slope(build, free, evaluate)
         if left < _FORCE_LEFT:
             return frame, free - start
-        free = free - _step(curvature, gradient)
+        been.append((free, gradient))
+        # two steps with the guide's curvature; where it is not good enough, BFGS mends it
+        free = free - _step(_mended(curvature, been) if len(been) > 2 else curvature, gradient)
     raise DataError(
         f"A force of {left:.3f} eV/Angstrom is left after {most} steps.",
         "Begin nearer to the minimum, or with the curvature of a better model.",
     )
+
+
+def _mended(curvature: Array, been: Sequence[tuple[Array, Array]]) -> Array:
+    """BFGS: the curvature after the gradients that were found on the way."""
+    for (before, old), (after, new) in pairwise(been):
+        move, change = after - before, new - old
+        if move @ change > 1e-12:
+            ahead = curvature @ move
+            curvature = curvature + np.outer(change, change) / (change @ move)
+            curvature = curvature - np.outer(ahead, ahead) / (move @ ahead)
+    return curvature
 
 
 def _slope(build: Build, free: Array, evaluate: Evaluate) -> tuple[Array, float, Atoms]:
