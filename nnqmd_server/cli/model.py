@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -65,3 +65,86 @@ def info(
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
+
+
+ERRORS_EXAMPLES = """
+Examples:
+
+  nnqmd model errors ammonia.nequip.zip --frames new-labels.xyz
+
+  nnqmd model errors plain.nequip.zip legato.nequip.zip --frames new-labels.xyz --json errors.json
+"""
+
+
+@app.command(epilog=ERRORS_EXAMPLES)
+def errors(
+    models: Annotated[
+        list[str], typer.Argument(metavar="[NAME=]MODEL...", help="one or several, as for nnqmd serve")
+    ],
+    frames: Annotated[Path, typer.Option(metavar="FILE", help="labelled frames (extxyz), see docs/data.md")],
+    group: Annotated[str, typer.Option(help="key that names the run a frame comes from")] = "config_type",
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="all numbers as JSON")
+    ] = None,
+) -> None:
+    """Print the errors of models on labelled frames, such as ones that were labelled after the training.
+
+    The frames are checked as `nnqmd train` checks its data. mae and rmse are over Cartesian components; of
+    centroids and dipoles, over the lengths of the error vectors.
+    """
+    import json
+
+    from nnqmd_server.potentials.load import load, parse_models
+    from nnqmd_server.training import data
+    from nnqmd_server.training.accuracy import errors_on
+
+    labelled = data.read_frames(frames)
+    found: dict[str, Any] = {}
+    for name, source in parse_models(models).items():
+        potential = load(source, device, compiled=False)
+        data.check(labelled, potential.card.elements, potential.card.carriers or ())
+        found[name] = errors_on(potential, labelled, data.groups_of(labelled, group))
+    console.print(f"{len(labelled)} frames of {frames}")
+    _print_errors(found)
+    if json_file is not None:
+        json_file.write_text(json.dumps(found, indent=1) + "\n")
+
+
+_QUANTITIES = (
+    ("energy", "meV/atom", "energy_meV_per_atom", 2),
+    ("forces", "meV/A", "forces_meV_per_A", 1),
+    ("stress", "GPa", "stress_GPa", 3),
+    ("Wannier centroid", "A", "wannier_centroid_A", 4),
+    ("molecular dipole", "D", "molecular_dipole_D", 3),
+)
+
+
+def _print_errors(found: dict[str, Any]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("quantity")
+    for name in found:
+        for kind in ("mae", "rmse"):
+            table.add_column(f"{name} {kind}", justify="right")
+    table.add_column("labels", justify="right")
+    for quantity, unit, key, digits in _QUANTITIES:
+        here = [one[key] for one in found.values() if key in one]
+        if len(here) == len(found):
+            numbers = [f"{one[kind]:.{digits}f}" for one in here for kind in ("mae", "rmse")]
+            table.add_row(f"{quantity} ({unit})", *numbers, f"{here[0]['label_rms']:.{digits}f}")
+    console.print(table)
+    console.print("labels: rms of the labels; of the energy, their standard deviation")
+    runs = Table(box=None, pad_edge=False, header_style="dim")
+    runs.add_column("run")
+    runs.add_column("frames", justify="right")
+    for name in found:
+        runs.add_column(f"{name} energy mae (meV/atom)", justify="right")
+        runs.add_column(f"{name} forces mae (meV/A)", justify="right")
+    first = next(iter(found.values()))["by_run"]
+    for run, one in first.items():
+        numbers = []
+        for errors_of in found.values():
+            here = errors_of["by_run"][run]
+            numbers += [f"{here['energy_meV_per_atom']['mae']:.2f}", f"{here['forces_meV_per_A']['mae']:.1f}"]
+        runs.add_row(run, str(one["frames"]), *numbers)
+    console.print(runs)
