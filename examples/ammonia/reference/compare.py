@@ -135,34 +135,35 @@ def _phonon_row(name: str, part: slice, said: Sequence[Measured]) -> list[str]:
 def draw(path: Path, found: Mapping[str, Measured]) -> None:
     """Energy and pressure of phase I against its lattice constant, and vibrations against the reference's."""
     truth = next(iter(found.values()))
+    vibrations = truth.phonons is not None or truth.molecule is not None
     with pictures.style():
-        figure = Figure(figsize=(13.8, 4.4), layout="constrained")
-        energy, pressure, modes = figure.subplots(1, 3)
+        figure = Figure(figsize=(13.8 if vibrations else 9.2, 4.4), layout="constrained")
+        energy, pressure, *rest = figure.subplots(1, 3 if vibrations else 2)
         for k, (name, one) in enumerate(found.items()):
             colour, marker = ("0.15", "s") if k == 0 else (pictures.COLOURS[k - 1], "o")
             line = {"color": colour, "ms": 4, "label": name}
             if one.lattice is not None:
                 energy.plot(one.lattice.constants, one.lattice.energy, f"-{marker}", **line)
                 pressure.plot(one.lattice.constants, one.lattice.pressure, f"-{marker}", **line)
-            if k and truth.phonons is not None:
+            for modes in rest if k and truth.phonons is not None else ():
                 off = one.phonons - truth.phonons
                 modes.plot(truth.phonons, off, "o", color=colour, ms=4, lw=0, label=f"{name}, phase I")
-            if k and truth.molecule is not None:
+            for modes in rest if k and truth.molecule is not None else ():
                 off = one.molecule - truth.molecule
                 modes.plot(
                     truth.molecule, off, "D", color=colour, ms=6, mfc="none", label=f"{name}, molecule"
                 )
         energy.set(xlabel="lattice constant (Å)", ylabel="energy above the minimum (meV/atom)")
         pressure.set(xlabel="lattice constant (Å)", ylabel="pressure (GPa)")
-        modes.set(xlabel="wavenumber by CP2K (cm$^{-1}$)", ylabel="model minus CP2K (cm$^{-1}$)")
-        for axes, letter in zip((energy, pressure, modes), "abc", strict=True):
+        for modes in rest:
+            modes.set(xlabel="wavenumber by CP2K (cm$^{-1}$)", ylabel="model minus CP2K (cm$^{-1}$)")
+        for axes, letter in zip((energy, pressure, *rest), "abc", strict=False):
             if letter != "a":
                 axes.axhline(0, color="0.6", lw=0.8, zorder=0)
             axes.set_title(letter, loc="left", weight="bold")
             axes.legend()
-        pictures.headline(
-            figure, "Ammonia: models against CP2K", "phase I with relaxed positions; vibrations"
-        )
+        below = "phase I with relaxed positions" + ("; vibrations" if vibrations else "")
+        pictures.headline(figure, "Ammonia: models against CP2K", below)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
 
