@@ -7,7 +7,7 @@ is <ffdirect> with forces that stand ready. All ways are measured in turn, round
 machine is busy for all; medians over the rounds are printed. The MPI door needs mpi4py and mpiexec, and is
 left out without.
 
-    python benchmarks/doors.py [--beads 1 8 32 64] [--steps 500] [--rounds 3] [--latency 1e-4] [--json FILE]
+    python benchmarks/doors.py [--beads 1 8 32 64] [--steps 500] [--rounds 3] [--awake] [--json FILE]
 
 The figures in FILE are those at 32 beads.
 """
@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from awake import awake
 
 from nnqmd_server.inputs.run import find_ipi
 
@@ -231,6 +232,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--latency", type=float, default=1e-4, help="i-PI's <latency> [s]")
+    parser.add_argument("--awake", action="store_true", help="keep the processors from sleeping: awake.py")
     parser.add_argument("--only", nargs="+", metavar="WAY", help="some of the ways, for example direct unix")
     parser.add_argument("--json", type=Path, help="also write the figures at 32 beads into this file")
     options = parser.parse_args()
@@ -239,7 +241,9 @@ def main() -> None:
         for _ in range(options.rounds):
             for way in ways(beads, options.latency):
                 if not options.only or way.name in options.only:
-                    found.setdefault(way.name, []).append(measure(way, beads, options.steps))
+                    with awake(options.awake):
+                        figure = measure(way, beads, options.steps)
+                    found.setdefault(way.name, []).append(figure)
         figures = summary(found)
         show(beads, options, figures)
         if options.json and beads == 32:
@@ -264,7 +268,7 @@ def show(beads: int, options: argparse.Namespace, figures: dict[str, float]) -> 
     """The table, and how our doors stand beside their yardsticks."""
     print(
         f"\n{beads} beads, {ATOMS} atoms, {options.steps} steps, {options.rounds} rounds,"
-        f" latency {options.latency:g} s"
+        f" latency {options.latency:g} s{', processors kept awake' if options.awake else ''}"
     )
     print(f"{'':22s} {'ms/step':>9s} {'structures/set':>15s} {'calls/set':>10s}")
     for key, value in figures.items():
