@@ -125,3 +125,15 @@ def test_a_force_set_that_cannot_be_taken_fails_and_the_pool_goes_on(toys, monke
         with pytest.raises(PoolError, match="could not take"):
             client.submit(SMALL)
     assert np.array_equal(client.submit(SMALL).forces, SMALL.positions)
+
+
+def test_a_ring_for_what_was_taken_already_does_not_keep_the_pool_awake(toys, monkeypatch):
+    """It is heard between the force set and its ring when it wakes for something else just then."""
+    pool, client, add = toys
+    add()
+    client.submit(SMALL)
+    rounds, pause = [], pool._dispatch.pause
+    monkeypatch.setattr(pool._dispatch, "pause", lambda *args: rounds.append(1) or pause(*args))
+    pool._ring.send(b"\0")
+    time.sleep(1.0)
+    assert 1 <= len(rounds) < 100  # it sleeps a tenth of a second at a time

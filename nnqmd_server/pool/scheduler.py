@@ -310,10 +310,8 @@ class Pool:
 
     def _hear(self) -> None:
         """Take what doors of this process ask."""
-        if not self._asked:
-            return
         with suppress(BlockingIOError):
-            self._bell.recv(4096)
+            self._bell.recv(4096)  # also where all was taken before it rang: or the loop never sleeps again
         while self._asked:
             job, memory = self._asked.popleft()
             if memory is not None:
