@@ -95,6 +95,7 @@ def errors(
     """
     import json
 
+    from nnqmd_server.errors import OutputError
     from nnqmd_server.potentials.load import load, parse_models
     from nnqmd_server.training import data
     from nnqmd_server.training.accuracy import errors_on
@@ -102,13 +103,17 @@ def errors(
     labelled = data.read_frames(frames)
     found: dict[str, Any] = {}
     for name, source in parse_models(models).items():
-        potential = load(source, device, compiled=False)
-        data.check(labelled, potential.card.elements, potential.card.carriers or ())
-        found[name] = errors_on(potential, labelled, data.groups_of(labelled, group))
+        with console.status(f"{name}: {len(labelled)} frames"):
+            potential = load(source, device, compiled=False)
+            data.check(labelled, potential.card.elements, potential.card.carriers or ())
+            found[name] = errors_on(potential, labelled, data.groups_of(labelled, group))
     console.print(f"{len(labelled)} frames of {frames}")
     _print_errors(found)
     if json_file is not None:
-        json_file.write_text(json.dumps(found, indent=1) + "\n")
+        try:
+            json_file.write_text(json.dumps(found, indent=1) + "\n")
+        except OSError as error:
+            raise OutputError(f"Cannot write {json_file}: {error}.", "Give another --json FILE.") from None
 
 
 _QUANTITIES = (
