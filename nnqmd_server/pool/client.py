@@ -67,7 +67,24 @@ class Client(Protocol):
         """The card of the potential that is asked, as soon as a worker is ready for it."""
 
     def submit(self, structures: Structures, given_up: Callable[[], bool] | None = None) -> Results:
-        """Evaluate one force set; blocks until its results are there."""
+        """Evaluate one force set; blocks until its results are there.
+
+        Parameters
+        ----------
+        structures : Structures
+            The force set.
+        given_up : callable, optional
+            Asked several times a second whether nobody waits for the answer any more.
+
+        Raises
+        ------
+        GivenUpError
+            Nobody waits any more.
+        PoolError
+            The pool does not answer within its patience, was stopped, or could not evaluate anything.
+        StructureError
+            Some structures could not be evaluated, or have forces that may not reach a simulation.
+        """
 
     def close(self) -> None:
         """Hang up."""
@@ -194,24 +211,7 @@ class PoolClient:
                 raise self._silence(patience)
 
     def submit(self, structures: Structures, given_up: Callable[[], bool] | None = None) -> Results:
-        """Evaluate one force set; blocks until its results are there.
-
-        Parameters
-        ----------
-        structures : Structures
-            The force set.
-        given_up : callable, optional
-            Asked several times a second whether nobody waits for the answer any more.
-
-        Raises
-        ------
-        GivenUpError
-            Nobody waits any more.
-        PoolError
-            The pool does not answer within ``patience``, or could not evaluate anything.
-        StructureError
-            Some structures could not be evaluated, or have forces that may not reach a simulation.
-        """
+        """Evaluate one force set; as :meth:`Client.submit`."""
         self._request += 1
         evaluate = self._evaluate(structures)
         waiting = Message("waiting", {"request": self._request, **self._who})

@@ -18,7 +18,7 @@ from nnqmd_server.structures import Results, Structures
 
 
 class InsideClient:
-    """Asks a pool of this process; made and used like :class:`~nnqmd_server.pool.client.PoolClient`.
+    """Asks a pool of this process; a :class:`~nnqmd_server.pool.client.Client`.
 
     A socket would wake four threads on the way there and back, and write and read every message twice.
 
@@ -68,24 +68,7 @@ class InsideClient:
             time.sleep(0.05)
 
     def submit(self, structures: Structures, given_up: Callable[[], bool] | None = None) -> Results:
-        """Evaluate one force set; blocks until its results are there.
-
-        Parameters
-        ----------
-        structures : Structures
-            The force set.
-        given_up : callable, optional
-            Asked several times a second whether nobody waits for the answer any more.
-
-        Raises
-        ------
-        GivenUpError
-            Nobody waits any more.
-        PoolError
-            The pool does not answer within ``patience``, was stopped, or could not evaluate anything.
-        StructureError
-            Some structures could not be evaluated, or have forces that may not reach a simulation.
-        """
+        """Evaluate one force set; as :meth:`Client.submit`."""
         answers: SimpleQueue[Results | Fault] = SimpleQueue()
         job = self._job(structures, answers.put)
         self._pool.ask(job, self._bulk)
