@@ -6,8 +6,8 @@ structure (benchmarks/sleeping.py), so that eight of them fit on two cores.
 overhead     one force set of 32 x 256 atoms after the other, by a client in a process of its own: what the
              client waits beyond the compute time of the slowest batch, as its worker measured it.
              Median [ms]; wanted: below 1.0 with 1, 2 and 8 workers. "floor" is the physical limit measured
-             beside it: bare ZeroMQ, one message of 300 bytes to one such sleeping process and back over two
-             hops, with nothing looked at or decided.
+             beside it: 300 bytes to one such sleeping process and back over two hops of bare unix sockets,
+             with nothing looked at or decided.
 efficiency   32 structures on 8 equal workers, and on one of speed 1 and one of speed 2: the speed-up as a
              share of the ideal; wanted: 0.95 and 0.90.
 busy         real i-PI simulations of 32 x 256 atoms on 2 workers: the share of the time in which the workers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import socket
 import statistics
 import subprocess
 import tempfile
@@ -115,60 +116,62 @@ def ask(address: str, count: int, atoms: int, times: int) -> list[float]:
     return waited
 
 
-def _echo(doors: str, back: str) -> None:
-    """Two ROUTERs that pass on whatever comes."""
-    import zmq
+def _relay(doors: str, back: str) -> None:
+    """Passes on whatever comes, from one side to the other."""
+    import select
 
-    context = zmq.Context()
-    front, behind = context.socket(zmq.ROUTER), context.socket(zmq.ROUTER)
-    front.bind(doors)
-    behind.bind(back)
-    worker, _ = behind.recv_multipart()
+    listeners = [_listener(doors), _listener(back)]
+    ends = [listener.accept()[0] for listener in listeners]
+    poll = select.poll()
+    for end in ends:
+        poll.register(end, select.POLLIN)
+    other = {ends[0].fileno(): ends, ends[1].fileno(): ends[::-1]}
     while True:
-        client, body = front.recv_multipart()
-        behind.send_multipart([worker, body])
-        front.send_multipart([client, behind.recv_multipart()[1]])
+        for fd, _ in poll.poll():
+            here, there = other[fd]
+            there.sendall(here.recv(4096))
+
+
+def _listener(path: str) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen()
+    return listener
+
+
+def _connected(path: str) -> socket.socket:
+    link = socket.socket(socket.AF_UNIX)
+    until(lambda: link.connect_ex(path) == 0)
+    return link
 
 
 def _doze(back: str, seconds: float) -> None:
     """Answers, after a sleep, how long that was."""
-    import zmq
-
-    socket = zmq.Context().socket(zmq.DEALER)
-    socket.connect(back)
-    socket.send(b"here")
-    while True:
-        socket.recv()
+    link = _connected(back)
+    while link.recv(4096):
         start = time.perf_counter()
         time.sleep(seconds)
-        socket.send(f"{time.perf_counter() - start:.9f}".encode().ljust(300))
+        link.sendall(f"{time.perf_counter() - start:.9f}".encode().ljust(300))
 
 
 def floor(seconds: float, times: int = 220) -> float:
     """The median of what two bare hops there and back cost beyond the sleep [ms]."""
-    import zmq
-
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as name:
-        doors, back = f"ipc://{name}/d", f"ipc://{name}/w"
+        doors, back = f"{name}/d", f"{name}/w"
         helpers = [
-            context.Process(target=_echo, args=(doors, back), daemon=True),
+            context.Process(target=_relay, args=(doors, back), daemon=True),
             context.Process(target=_doze, args=(back, seconds), daemon=True),
         ]
         for helper in helpers:
             helper.start()
-        zmq_context = zmq.Context()
-        socket = zmq_context.socket(zmq.DEALER)
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.connect(doors)
         extra = []
-        for _ in range(times):
-            start = time.perf_counter()
-            socket.send(b"x" * 300)
-            if not socket.poll(60_000):
-                raise SystemExit("the bare echo did not answer")
-            extra.append(time.perf_counter() - start - float(socket.recv()))
-        zmq_context.destroy(linger=0)
+        with _connected(doors) as link:
+            link.settimeout(60)
+            for _ in range(times):
+                start = time.perf_counter()
+                link.sendall(b"x" * 300)
+                extra.append(time.perf_counter() - start - float(link.recv(4096)))
         for helper in helpers:
             helper.kill()
     return 1e3 * statistics.median(extra[20:])

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import zmq
 from conftest import crystal
 from toys import toy
 
 from nnqmd_server.pool.bulk import MAX_ATTACHED, Bulk, UnreachableError, near
 from nnqmd_server.pool.client import PoolClient
+from nnqmd_server.pool.link import connect
 from nnqmd_server.pool.messages import (
     BadMessageError,
     Message,
@@ -233,20 +233,17 @@ def test_the_memory_of_a_door_that_is_gone_stops_nobody(house):
     _, client, add = house
     add(Slow(1.0))
     client.card()
-    stranger = zmq.Context()
-    link = stranger.socket(zmq.DEALER)
-    link.connect(client.address)
+    link = connect(client.address, None, "door")
     arrays = structures_to_arrays(BEADS)
     bulk = Bulk()
     arrays["positions"] = bulk.room(BEADS.positions.nbytes).view("<f8").reshape(-1, 3)
     frames = pack(Message("evaluate", {"request": 1, "potential": "toy"}, arrays), bulk)
     bulk.close()
-    link.send_multipart(frames)
-    assert link.poll(5000)
-    answer = unpack(link.recv_multipart())
+    assert link.send(frames)
+    answer = unpack(link.receive(5.0))
     assert (answer.kind, answer.fields["request"]) == ("refused", 1)
     assert np.array_equal(client.submit(BEADS).forces, BEADS.positions + 1.0)
-    stranger.destroy(linger=0)
+    link.close()
 
 
 def test_only_connections_within_a_machine_share():

@@ -7,7 +7,6 @@ import time
 
 import numpy as np
 import pytest
-import zmq
 from conftest import crystal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -17,6 +16,7 @@ from nnqmd_server.errors import InputError, PoolError, StructureError
 from nnqmd_server.pool.client import PoolClient
 from nnqmd_server.pool.cutting import cut
 from nnqmd_server.pool.inside import InsideClient
+from nnqmd_server.pool.link import connect
 from nnqmd_server.pool.messages import Message, pack
 from nnqmd_server.pool.scheduler import Pool
 from nnqmd_server.structures import from_ase
@@ -113,7 +113,7 @@ def test_two_simulations_do_not_get_each_others_forces(toys):
 
     def simulate(seed):
         mine = from_ase([crystal(seed=seed + k, repeat=(1 + seed % 2, 1, 1)) for k in range(3)])
-        client = PoolClient(pool._doors.getsockopt_string(zmq.LAST_ENDPOINT), patience=10.0)
+        client = PoolClient(pool._doors.addresses[0], patience=10.0)
         same = [np.array_equal(client.submit(mine).forces, mine.positions) for _ in range(20)]
         wrong.extend([seed] * (not all(same)))
         client.close()
@@ -248,15 +248,12 @@ def test_rubbish_is_counted_and_does_no_harm(toys):
     pool, client, add, ready, backs = toys
     add(1)
     ready(1)
-    context = zmq.Context()
-    doors = pool._doors.getsockopt_string(zmq.LAST_ENDPOINT)
-    for address in (doors, backs):
-        stranger = context.socket(zmq.DEALER)
-        stranger.connect(address)
-        stranger.send_multipart([b"\x80\x04rubbish", b"more"])
-        stranger.send_multipart(pack(Message("evaluate", {})))
-        assert stranger.poll(5000)
-    context.destroy(linger=0)
+    for address in (pool._doors.addresses[0], backs):
+        stranger = connect(address, None, "door")
+        assert stranger.send([b"\x80\x04rubbish", b"more"])
+        assert stranger.send(pack(Message("evaluate", {})))
+        assert stranger.receive(5.0)
+        stranger.close()
     assert np.array_equal(client.submit(BEADS).forces, BEADS.positions)
     assert pool.status().refused >= 3
 
@@ -287,16 +284,11 @@ def test_whatever_fields_a_message_has_the_pool_goes_on(toys, messages):
     if not pool.status().workers:
         add(1)
         ready(1)
-    context = zmq.Context()
-    doors = pool._doors.getsockopt_string(zmq.LAST_ENDPOINT)
-    for address in (doors, backs):
-        stranger = context.socket(zmq.DEALER)
-        stranger.setsockopt(zmq.LINGER, 500)
-        stranger.connect(address)
+    for address in (pool._doors.addresses[0], backs):
+        stranger = connect(address, None, "door")
         for kind, fields in messages:
-            stranger.send_multipart(pack(Message(kind, fields)))
+            assert stranger.send(pack(Message(kind, fields)))
         stranger.close()
-    context.term()
     assert np.array_equal(client.submit(BEADS[:1]).forces, BEADS[:1].positions)
 
 
@@ -365,7 +357,7 @@ def test_each_simulation_is_answered_by_the_potential_it_named(toys):
     pool, _, add, ready, _ = toys
     cheap, full = add(1, name="cheap"), add(2, name="full", card={**CARD, "sha256": "b" * 64})
     ready(2)
-    address = pool._doors.getsockopt_string(zmq.LAST_ENDPOINT)
+    address = pool._doors.addresses[0]
     one, other = (PoolClient(address, 10.0, name) for name in ("cheap", "full"))
     unsaid, wrong = PoolClient(address, 10.0), PoolClient(address, 0.3, "nobody")
     try:

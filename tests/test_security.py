@@ -21,10 +21,13 @@ from conftest import INPUT, crystal
 
 from nnqmd_server.doors.direct import NnqmdPES
 from nnqmd_server.errors import AddressError, OutputError, PoolError
-from nnqmd_server.pool import gate
+from nnqmd_server.pool import remote
+from nnqmd_server.pool.addresses import check_keys, is_loopback
 from nnqmd_server.pool.bulk import Bulk
 from nnqmd_server.pool.client import PoolClient
 from nnqmd_server.pool.keys import add_key, make_keys, peer_keys, pool_keys, revoke_key
+from nnqmd_server.pool.line import Lines
+from nnqmd_server.pool.link import connect
 from nnqmd_server.pool.messages import (
     MAX_HEADER,
     PROTOCOL,
@@ -170,7 +173,7 @@ def test_many_silent_connections(unharmed):
         link.close()
 
 
-@pytest.mark.parametrize("length", [1 << 62, gate.MAX_TCP_MESSAGE + 1])
+@pytest.mark.parametrize("length", [1 << 62, remote.MAX_TCP_MESSAGE + 1])
 def test_an_oversize_frame_is_cut_off_before_anything_is_allocated(unharmed, length):
     hello = greeting() + READY
     if unharmed.keys:
@@ -227,28 +230,24 @@ def test_messages_that_are_none_are_refused_and_counted(unharmed, tmp_path):
     before = unharmed.status()["refused"]
     said = 0
     for address, role in ((unharmed.doors, "door"), (unharmed.join, "worker")):
-        context = zmq.Context()
-        stranger = context.socket(zmq.DEALER)
-        gate.connect(stranger, address, unharmed.keys, role).close()
+        stranger = connect(address, unharmed.keys, role)
         for frames in rubbish(tmp_path):
-            stranger.send_multipart(frames)
+            assert stranger.send(frames, wait=5.0)
             said += 1
-        wait(lambda stranger=stranger: stranger.poll(0))
-        context.destroy(linger=500)
+        assert stranger.receive(5.0)
+        stranger.close()
     # Some of these are only strange: "alive" of a worker that nobody knows is asked back.
     wait(lambda: unharmed.status()["refused"] >= before + said // 2)
     assert not (tmp_path / "touched").exists()
 
 
 def test_a_flood_of_rubbish_messages(unharmed):
-    context = zmq.Context()
-    stranger = context.socket(zmq.DEALER)
-    gate.connect(stranger, unharmed.doors, unharmed.keys, "door").close()
+    stranger = connect(unharmed.doors, unharmed.keys, "door")
     stop = time.monotonic() + 1.0
     while time.monotonic() < stop:
-        stranger.send_multipart([b"{" + bytes(10_000)])  # never reads what it is answered
+        stranger.send([b"{" + bytes(10_000)], wait=1.0)  # never reads what it is answered
     assert right(unharmed.client.submit(BEADS))
-    context.destroy(linger=0)
+    stranger.close()
 
 
 def test_a_replayed_request_is_computed_once_and_answered(unharmed):
@@ -256,20 +255,17 @@ def test_a_replayed_request_is_computed_once_and_answered(unharmed):
     before = unharmed.status()["structures"]
     fields = {"request": 7, "potential": "p", "client": "replay", "name": "replay"}
     frames = pack(Message("evaluate", fields, structures_to_arrays(BEADS)))
-    context = zmq.Context()
-    stranger = context.socket(zmq.DEALER)
-    gate.connect(stranger, unharmed.doors, unharmed.keys, "door").close()
+    stranger = connect(unharmed.doors, unharmed.keys, "door")
     for _ in range(5):
-        stranger.send_multipart(frames)
-    assert stranger.poll(10_000)
-    answer = unpack(stranger.recv_multipart())
+        assert stranger.send(frames, wait=5.0)
+    answer = unpack(stranger.receive(10.0))
     assert np.array_equal(answer.arrays["forces"], -1e-3 * np.sin(BEADS.positions))
     time.sleep(0.3)
     late = 1
-    while stranger.poll(0):
-        assert unpack(stranger.recv_multipart()).fields["request"] == 7
+    while (frames := stranger.receive(0.0)) is not None:
+        assert unpack(frames).fields["request"] == 7
         late += 1
-    context.destroy(linger=0)
+    stranger.close()
     assert unharmed.status()["structures"] - before == late * len(BEADS)
     assert late < 5
 
@@ -278,19 +274,15 @@ def test_nobody_names_memory_over_the_network(unharmed):
     """Shared memory is for processes of this machine: who came over TCP could name anybody's."""
     bulk = Bulk()
     place = bulk.find(bulk.room(1 << 20))
-    context = zmq.Context()
-    stranger = context.socket(zmq.DEALER)
-    gate.connect(stranger, unharmed.doors, unharmed.keys, "door").close()
-    stranger.send_multipart(pack(Message("status", {"memory": place})))
-    assert stranger.poll(10_000)
-    assert unpack(stranger.recv_multipart()).fields["near"] is False
-    stranger.send_multipart([header(arrays=[["positions", "<f8", [100, 3], place]]), b""])
-    assert stranger.poll(10_000)
-    answer = unpack(stranger.recv_multipart())
+    stranger = connect(unharmed.doors, unharmed.keys, "door")
+    assert stranger.send(pack(Message("status", {"memory": place})), wait=5.0)
+    assert unpack(stranger.receive(10.0)).fields["near"] is False
+    assert stranger.send([header(arrays=[["positions", "<f8", [100, 3], place]]), b""])
+    answer = unpack(stranger.receive(10.0))
     assert answer.kind == "refused"
     assert "not shared" in answer.fields["what"]
     bulk.close()
-    context.destroy(linger=0)
+    stranger.close()
 
 
 # ---- keys
@@ -304,7 +296,7 @@ def guarded(tmp_path_factory):
 
 
 def test_who_has_no_key_or_another_one_is_told_so_and_counted(guarded, tmp_path, monkeypatch):
-    monkeypatch.setattr(gate, "SURE", 0.5)
+    monkeypatch.setattr(remote, "SURE", 0.5)
     make_keys(tmp_path / "other")
     stolen = json.loads((guarded.keys / "door.key").read_text())
     stolen["public"], stolen["secret"] = (key.decode() for key in zmq.curve_keypair())
@@ -326,17 +318,14 @@ def test_who_has_no_key_or_another_one_is_told_so_and_counted(guarded, tmp_path,
 
 def test_a_door_cannot_come_in_as_a_worker(guarded, monkeypatch):
     """The keys of doors open the doors' address only, and the files say whose they are."""
-    monkeypatch.setattr(gate, "SURE", 0.5)
+    monkeypatch.setattr(remote, "SURE", 0.5)
     with pytest.raises(AddressError, match="key of a door"):
-        gate.check_keys(guarded.join, guarded.keys / "door.key", "worker")
-    context = zmq.Context()
-    stranger = context.socket(zmq.DEALER)
-    refusals = gate.connect(stranger, guarded.join, guarded.keys, "door")  # its own key, the other address
-    stranger.send_multipart(pack(Message("alive")))
-    wait(lambda: refusals.why() is not None)
-    assert not stranger.poll(0)
-    refusals.close()
-    context.destroy(linger=0)
+        check_keys(guarded.join, guarded.keys / "door.key", "worker")
+    stranger = connect(guarded.join, guarded.keys, "door")  # its own key, the other address
+    stranger.send(pack(Message("alive")))
+    wait(lambda: stranger.why() is not None)
+    assert not stranger.receive(0.0)
+    stranger.close()
 
 
 def test_a_worker_with_a_wrong_key_ends_and_says_why(guarded, tmp_path):
@@ -375,7 +364,7 @@ def test_tcp_beyond_this_machine_needs_keys(tmp_path):
     with pytest.raises(AddressError, match="reached from other machines"):
         PoolClient(beyond)
     for address in ("tcp://localhost:1", "tcp://127.3.2.1:1", "tcp://[::1]:1"):
-        assert gate.is_loopback(address)
+        assert is_loopback(address)
     for address in (
         "tcp://localhost.evil:1",
         "tcp://1127.0.0.1:1",
@@ -383,7 +372,7 @@ def test_tcp_beyond_this_machine_needs_keys(tmp_path):
         "tcp://*:1",
         "tcp://[::]:1",
     ):
-        assert not gate.is_loopback(address)
+        assert not is_loopback(address)
 
 
 def test_ipc_beside_guarded_tcp_needs_no_key(tmp_path):
@@ -463,31 +452,28 @@ def test_the_other_protocol_is_named_on_both_sides(tmp_path):
     said = []
     pool = Pool(f"ipc://{tmp_path}/d", f"ipc://{tmp_path}/w", observe=lambda what, f: said.append((what, f)))
     pool.start()
-    context = zmq.Context()
-    stranger = context.socket(zmq.DEALER)
-    stranger.connect(f"ipc://{tmp_path}/w")
-    stranger.send(later)
-    assert stranger.poll(5000)
-    answer = unpack(stranger.recv_multipart())
+    stranger = connect(f"ipc://{tmp_path}/w", None, "worker")
+    assert stranger.send([later])
+    answer = unpack(stranger.receive(5.0))
     assert answer.kind == "refused"
     pool.status()  # by then all is told that was answered
     for line in (answer.fields["what"], dict(said)["refused"]["what"]):
         assert f"version {PROTOCOL + 1}" in line
-    context.destroy(linger=0)
+    stranger.close()
     pool.stop()
 
 
 def test_a_worker_that_meets_another_protocol_ends_and_says_why(tmp_path):
-    context = zmq.Context()
-    later_pool = context.socket(zmq.ROUTER)
-    later_pool.bind(f"ipc://{tmp_path}/w")
+    later_pool = Lines()
+    later_pool.listen(tmp_path / "w")
     log = tmp_path / "log"
     command = [sys.executable, "-m", "nnqmd_server.pool.worker", "--pool", f"ipc://{tmp_path}/w"]
     with log.open("w") as output:
         worker = subprocess.Popen([*command, "--model", f"p={ODD}:quick"], stdout=output, stderr=output)
-    who, *_ = later_pool.recv_multipart()
+    came = []
+    wait(lambda: came.extend(later_pool.receive()) or came)
     header_ = json.dumps({"protocol": PROTOCOL + 1, "kind": "refused", "fields": {}, "arrays": []})
-    later_pool.send_multipart([who, header_.encode()])
+    assert later_pool.send(came[0][0], [header_.encode()])
     assert worker.wait(20) == 3
     assert "cannot be joined" in log.read_text()
-    context.destroy(linger=0)
+    later_pool.close()

@@ -16,7 +16,6 @@ import urllib.error
 import urllib.request
 
 import pytest
-import zmq
 from conftest import crystal
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
@@ -29,6 +28,7 @@ from nnqmd_server.cli.status import find_address
 from nnqmd_server.errors import AddressError, InputError, PoolError, StructureError
 from nnqmd_server.pool.client import PoolClient
 from nnqmd_server.pool.json_log import JsonLog
+from nnqmd_server.pool.link import connect
 from nnqmd_server.pool.messages import MAX_HEADER, Message, pack
 from nnqmd_server.pool.tallies import SECONDS, Tally, WorkerWatch
 from nnqmd_server.pool.watch import _COUNTED, EACH_FORCE_SET, MAX_NEWS, MAX_SIMULATIONS, Watch, in_words
@@ -65,11 +65,10 @@ def some_trouble(made):
             client.submit(structures)
 
     side_by_side(lambda: ask(one, BEADS, 6), lambda: ask(other, small, 9))
-    link = zmq.Context.instance().socket(zmq.DEALER)
-    link.connect(made.address)
-    link.send_multipart([b"\x80\x04rubbish"])
-    assert link.poll(5000)
-    link.close(linger=0)
+    link = connect(made.address, None, "door")
+    assert link.send([b"\x80\x04rubbish"])
+    assert link.receive(5.0)
+    link.close()
     good.spoil = made.workers[1].spoil = lambda answer: _not_finite(answer)
     with pytest.raises(StructureError):
         other.submit(small)

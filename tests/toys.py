@@ -6,8 +6,8 @@ import threading
 import time
 
 import numpy as np
-import zmq
 
+from nnqmd_server.pool.link import connect
 from nnqmd_server.pool.messages import Message, arrays_to_structures, pack, results_to_arrays, unpack
 from nnqmd_server.structures import Results
 
@@ -31,21 +31,20 @@ class ToyWorker(threading.Thread):
         self.start()
 
     def run(self):
-        context = zmq.Context()
-        link = context.socket(zmq.DEALER)
-        link.connect(self.address)
+        link = connect(self.address, None, "worker")
         hello = {
             "index": self.pid,
             "pid": self.pid,
             "potentials": {self.name_of_potential: {"card": self.card, "form": "toy"}},
         }
-        link.send_multipart(pack(Message("ready", hello)))
+        link.send(pack(Message("ready", hello)), wait=10.0)
         while not self.left.is_set():
-            if not link.poll(50):
+            frames = link.receive(0.05)
+            if frames is None:
                 continue
-            request = unpack(link.recv_multipart())
+            request = unpack(frames)
             if request.kind == "who":
-                link.send_multipart(pack(Message("ready", hello)))
+                link.send(pack(Message("ready", hello)))
             if request.kind in {"alive", "who"}:
                 continue
             if request.kind != "evaluate":
@@ -61,5 +60,5 @@ class ToyWorker(threading.Thread):
             )
             answer = self.spoil(answer) if self.spoil else answer
             if answer is not None:
-                link.send_multipart(pack(answer))
-        context.destroy(linger=0)
+                link.send(pack(answer))
+        link.close()

@@ -61,8 +61,8 @@ def worker(
     eager: Annotated[bool, typer.Option("--eager", help="do not compile the model")] = False,
 ) -> None:
     """Join a running pool; leaves it in order on Ctrl-C or SIGTERM, and ends when the pool does."""
+    from nnqmd_server.pool.addresses import check_keys
     from nnqmd_server.pool.client import default_address
-    from nnqmd_server.pool.gate import check_keys
     from nnqmd_server.pool.launch import join_address
     from nnqmd_server.potentials.load import check_hashes, parse_hashes, parse_models
 

@@ -13,20 +13,17 @@ from typing import Protocol
 from uuid import uuid4
 
 import numpy as np
-import zmq
 
-from nnqmd_server.errors import InputError, NnqmdError, PoolError, StructureError
+from nnqmd_server.errors import InputError, PoolError, StructureError
 from nnqmd_server.memory import keep_buffers
 from nnqmd_server.pool.bulk import Bulk, near
-from nnqmd_server.pool.gate import connect
-from nnqmd_server.pool.link import keep_alive
+from nnqmd_server.pool.link import connect
 from nnqmd_server.pool.messages import (
     LARGE,
     BadMessageError,
     Message,
     arrays_to_results,
-    receive,
-    send,
+    pack,
     structures_to_arrays,
     unpack,
 )
@@ -132,26 +129,13 @@ class PoolClient:
         self._near = False
         # Whoever it is that asks, also after the connection was lost; the name is for displays.
         self._who = {"client": uuid4().hex, "name": name or default_name()}
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        # Nothing is queued for a pool that is not there: it would all arrive at the next one.
-        self._socket.setsockopt(zmq.IMMEDIATE, 1)
-        keep_alive(self._socket)
-        self._socket.setsockopt(zmq.RECONNECT_IVL, 50)
-        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
-        try:
-            self._refusals = connect(self._socket, address, keys, "door")
-        except NnqmdError:
-            self._context.destroy(linger=0)
-            raise
+        self._link = connect(address, keys, "door")
 
     def close(self) -> None:
         """Close the connection."""
-        self._refusals.close()
+        self._link.close()
         if self._bulk is not None:
             self._bulk.close()
-        self._context.destroy(linger=0)
 
     def card(self, patience: float | None = None) -> dict:
         """The card of the potential that is asked, as soon as a worker is ready for it.
@@ -281,24 +265,21 @@ class PoolClient:
 
     def _send(self, message: Message) -> bool:
         """Send if somebody is there; whether it was sent."""
-        try:
-            send(self._socket, message, flags=zmq.NOBLOCK, bulk=self._bulk if self._near else None)
-        except zmq.Again:
-            return False
-        return True
+        return self._link.send(pack(message, self._bulk if self._near else None))
 
-    def _receive(self, timeout: float) -> Message | None:
-        if not self._socket.poll(timeout * 1000):
-            refused = self._refusals.why()
-            if refused is not None:
-                raise refused
-            return None
+    def _receive(self, seconds: float) -> Message | None:
         try:
-            return unpack(receive(self._socket), self._bulk)
+            frames = self._link.receive(seconds)
+            if frames is not None:
+                return unpack(frames, self._bulk)
         except BadMessageError as error:
             raise PoolError(
                 f"What answers at {self.address} is not our pool: {error}.", "Check the address."
             ) from error
+        refused = self._link.why()
+        if refused is not None:
+            raise refused
+        return None
 
 
 def chosen(potential: str, names: Collection[str], where: str) -> str:

@@ -10,13 +10,10 @@ import tempfile
 from pathlib import Path
 
 from nnqmd_server.errors import AddressError
-from nnqmd_server.pool.gate import is_tcp
+from nnqmd_server.pool.addresses import is_tcp, socket_path
 
 PREFIX = "nnqmd-pool-"
 """What the folders of pools begin with that were given no other place."""
-
-LONGEST = 100
-"""Longest path of a socket that every system takes [characters]."""
 
 
 def private_folder(folder: Path) -> Path:
@@ -70,13 +67,7 @@ def free(address: str) -> None:
     """
     if is_tcp(address):
         return
-    if not address.startswith("ipc://"):
-        raise AddressError(f"{address} is not an address.", "Use ipc:///folder/name or tcp://HOST:PORT.")
-    path = Path(address.removeprefix("ipc://"))
-    if len(str(path)) > LONGEST:
-        raise AddressError(
-            f"The socket path {path} is longer than {LONGEST} characters.", "Choose a shorter one."
-        )
+    path = socket_path(address)
     private_folder(path.parent)
     if path.exists():
         if somebody_listens(path):

@@ -1,238 +1,146 @@
-"""The way into a pool: sockets with keys where they can be reached from elsewhere, and a count of strangers.
+"""The way into a pool: for processes of this machine and of others, with keys, and a count of strangers.
 
-Sockets between processes of one machine are ipc files in a folder that only the user can enter; they need no
-keys. TCP beyond this machine is encrypted and authenticated on both sides with ZeroMQ's CURVE.
+Processes of one machine come over unix sockets in a folder that only the user can enter; they need no keys.
+TCP beyond this machine is encrypted and authenticated on both sides with ZeroMQ's CURVE.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import threading
-import time
 from collections import Counter
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import parse_monitor_message
 
 from nnqmd_server.errors import AddressError
-from nnqmd_server.pool.keys import KEYS_VARIABLE, ROLES, PeerKeys, PoolKeys, Role, peer_keys
-from nnqmd_server.pool.messages import MAX_MESSAGE
-
-HANDSHAKE = 10_000
-"""How long a stranger may take to say who he is [ms]; then the connection is closed."""
-
-MAX_TCP_MESSAGE = 1 << 28
-"""Longest frame over TCP [bytes]: what a stranger may make us allocate before he has proved who he is."""
-
-SURE = 3.0
-"""So long must a pool have turned us away, whenever we tried, before that is believed [s]."""
-
-QUEUE = 64
-"""Messages of one peer that may wait to be read; a peer that sends more is slowed down."""
-
-
-def is_tcp(address: str) -> bool:
-    """Whether an address is one of TCP."""
-    return address.startswith("tcp://")
-
-
-def is_loopback(address: str) -> bool:
-    """Whether a TCP address can be reached from this machine only."""
-    host = address.removeprefix("tcp://").rpartition(":")[0].strip("[]")
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name, or * for all interfaces
-        return False
-
-
-def needs_keys(address: str) -> AddressError:
-    """The error for TCP beyond this machine without keys."""
-    return AddressError(
-        f"{address} can be reached from other machines, where everybody could connect or listen.",
-        f"Make keys with `nnqmd keys FOLDER` and give --keys (or ${KEYS_VARIABLE}); or use ipc://.",
-    )
-
-
-def _bound(socket: zmq.Socket, address: str) -> None:
-    socket.setsockopt(zmq.MAXMSGSIZE, MAX_TCP_MESSAGE if is_tcp(address) else MAX_MESSAGE)
-    socket.setsockopt(zmq.RCVHWM, QUEUE)
-    if is_tcp(address):
-        socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE)
-        socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
-
-
-def check_keys(address: str, keys: str | Path | None, role: Role) -> PeerKeys | None:
-    """The keys with which an address can be used; None where it needs none.
-
-    Raises
-    ------
-    AddressError
-        TCP beyond this machine without keys, or unusable ones.
-    """
-    if not is_tcp(address):
-        return None
-    found = peer_keys(keys, role)
-    if found is None and not is_loopback(address):
-        raise needs_keys(address)
-    return found
-
-
-def connect(socket: zmq.Socket, address: str, keys: str | Path | None, role: Role) -> Refusals:
-    """Connect a door or a worker to its pool, with its keys where the address asks for them.
-
-    Parameters
-    ----------
-    socket : zmq.Socket
-        Not connected yet.
-    address : str
-        Where the pool listens.
-    keys : str or Path, optional
-        Key file or folder; ``$NNQMD_KEYS`` unless given. Not used for ipc.
-    role : str
-        "door" or "worker".
-
-    Returns
-    -------
-    Refusals
-        Says afterwards whether the pool has turned us away.
-
-    Raises
-    ------
-    AddressError
-        TCP beyond this machine without keys, unusable keys, or no address.
-    """
-    _bound(socket, address)
-    found = check_keys(address, keys, role)
-    if found is not None:
-        socket.curve_publickey, socket.curve_secretkey = found.public.encode(), found.secret.encode()
-        socket.curve_serverkey = found.pool.encode()
-    refusals = Refusals(socket, address)
-    try:
-        socket.connect(address)
-    except zmq.ZMQError as error:
-        refusals.close()
-        raise AddressError(
-            f"{address} is not an address: {error}.", "Use ipc:///folder/name or tcp://HOST:PORT."
-        ) from error
-    return refusals
-
-
-_TURNED_AWAY = (
-    zmq.EVENT_HANDSHAKE_FAILED_AUTH
-    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-)
+from nnqmd_server.pool.addresses import is_loopback, is_tcp, needs_keys, socket_path
+from nnqmd_server.pool.keys import ROLES, PoolKeys, Role
+from nnqmd_server.pool.line import Lines
+from nnqmd_server.pool.messages import Frame
+from nnqmd_server.pool.remote import bound
 
 _COUNTED = zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 
 
-class Refusals:
-    """Whether a pool has turned this connection away; to be read in the thread of the socket.
+class Entry:
+    """Where one kind of peers comes in, doors or workers; made by :meth:`Gate.listen`.
 
-    Without this a wrong key would look like a pool that does not answer.
+    Attributes
+    ----------
+    lines : Lines
+        Those of this machine.
+    addresses : tuple of str
+        Where it listens.
     """
 
-    def __init__(self, socket: zmq.Socket, address: str) -> None:
-        self._socket = socket
-        self._address = address
-        self._events = None
-        self._since: float | None = None
-        if is_tcp(address):
-            self._events = socket.get_monitor_socket(_TURNED_AWAY | zmq.EVENT_HANDSHAKE_SUCCEEDED)
+    def __init__(self, lines: Lines, router: zmq.Socket | None, addresses: Sequence[str]) -> None:
+        self.lines = lines
+        self.addresses = tuple(addresses)
+        self._router = router
 
-    def why(self) -> AddressError | None:
-        """The reason, or None; one failure may be of a pool that was just going."""
-        while self._events is not None and self._events.poll(0):
-            event = parse_monitor_message(self._events.recv_multipart())["event"]
-            failed = bool(event & _TURNED_AWAY)
-            self._since = (self._since or time.monotonic()) if failed else None
-        if self._since is None or time.monotonic() - self._since < SURE:
-            return None
-        return AddressError(
-            f"The pool at {self._address} turns this process away: its key is not one that the pool knows, or"
-            " only one of both has keys.",
-            f"Give the key file that was made for this pool (--keys, or ${KEYS_VARIABLE}).",
-        )
+    def register(self, poller: zmq.Poller) -> None:
+        """Let a poller wake when something comes."""
+        poller.register(self.lines.fileno(), zmq.POLLIN)
+        if self._router is not None:
+            poller.register(self._router, zmq.POLLIN)
 
-    def close(self) -> None:
-        """Stop to watch."""
-        if self._events is not None:
-            self._socket.disable_monitor()
-            self._events = None
+    def receive(self, ready: dict[object, int]) -> Iterator[tuple[bytes, list[memoryview], bool]]:
+        """What has come, as the poller says: who, the frames, whether over the network.
 
+        Of each a bounded part, so that nobody who floods one way silences another.
+        """
+        if self.lines.fileno() in ready:
+            for identity, frames in self.lines.receive():
+                yield identity, frames, False
+        if self._router in ready:
+            who, *frames = self._router.recv_multipart(copy=False)
+            yield who.bytes, [frame.buffer for frame in frames], True
 
-def from_network(frame: zmq.Frame) -> bool:
-    """Whether a message came over TCP, from this machine or another one."""
-    try:
-        ipaddress.ip_address(frame.get("Peer-Address"))  # of a socket file it is user, group and process
-    except (zmq.ZMQError, ValueError):
-        return False
-    return True
+    def send(self, identity: bytes, frames: Sequence[Frame]) -> bool:
+        """Send to somebody who may have gone; whether the connection is there and takes it."""
+        if self.lines.holds(identity):
+            return self.lines.send(identity, frames)
+        if self._router is None:
+            return False
+        try:
+            self._router.send_multipart([identity, *frames], flags=zmq.NOBLOCK)
+        except zmq.ZMQError:  # EHOSTUNREACH: gone; EAGAIN: takes nothing any more
+            return False
+        return True
 
 
 class Gate:
-    """The way into a pool: binds its sockets, checks keys, counts those who are turned away.
+    """Opens the entries of a pool, checks keys, counts those who are turned away.
 
     Parameters
     ----------
-    context : zmq.Context
-        The context of the pool's sockets.
     keys : PoolKeys, optional
-        Without them the pool listens on ipc and loopback only.
+        Without them the pool listens on unix sockets and loopback only.
     """
 
-    def __init__(self, context: zmq.Context, keys: PoolKeys | None = None) -> None:
-        self._context = context
+    def __init__(self, keys: PoolKeys | None = None) -> None:
+        self._context = zmq.Context()
         self._keys = keys
+        self._entries: list[Entry] = []
+        self._routers: list[zmq.Socket] = []
         self._events: list[zmq.Socket] = []
-        self._watched: list[zmq.Socket] = []
         self._counts: Counter[int] = Counter()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self._authenticator: ThreadAuthenticator | None = None
         if keys:
-            self._authenticator = ThreadAuthenticator(context)
+            self._authenticator = ThreadAuthenticator(self._context)
             self._authenticator.start()
             for role in ROLES:
                 self._authenticator.configure_curve_callback(role, _Allowed(keys.allowed[role].values()))
 
-    def listen(self, socket: zmq.Socket, addresses: str | Iterable[str], role: Role) -> None:
-        """Bind a socket to one or several addresses; those of TCP let in only the keys of ``role``.
+    def listen(self, addresses: str | Iterable[str], role: Role) -> Entry:
+        """An entry at one or several addresses; those of TCP let in only the keys of ``role``.
 
         Raises
         ------
         AddressError
-            TCP beyond this machine without keys.
-        zmq.ZMQError
-            The address is taken.
+            TCP beyond this machine without keys, no address, or one that is taken.
         """
-        for address in [addresses] if isinstance(addresses, str) else addresses:
-            # These options hold for the addresses that are bound after them.
-            _bound(socket, address)
-            guarded = is_tcp(address) and self._keys is not None
-            socket.curve_server = guarded
-            if guarded:
-                socket.curve_publickey = self._keys.public.encode()
-                socket.curve_secretkey = self._keys.secret.encode()
-                socket.zap_domain = role.encode()
-            elif is_tcp(address) and not is_loopback(address):
-                raise needs_keys(address)
-            if socket not in self._watched:
-                self._watched.append(socket)
-                self._events.append(socket.get_monitor_socket(_COUNTED))
-            socket.bind(address)
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._watch, name="nnqmd-gate", daemon=True)
+        several = [addresses] if isinstance(addresses, str) else list(addresses)
+        lines, router = Lines(), None
+        if any(map(is_tcp, several)):
+            router = self._context.socket(zmq.ROUTER)
+            router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # tells when a connection is gone
+            bound(router)
+            self._routers.append(router)
+            self._events.append(router.get_monitor_socket(_COUNTED))
+        entry = Entry(lines, router, several)
+        self._entries.append(entry)
+        for address in several:
+            try:
+                if is_tcp(address):
+                    self._bind(router, address, role)
+                else:
+                    lines.listen(socket_path(address))
+            except (OSError, zmq.ZMQError) as error:
+                raise AddressError(
+                    f"Cannot listen at {address}: {error}.", "Choose another address or port."
+                ) from error
+        return entry
+
+    def _bind(self, router: zmq.Socket, address: str, role: Role) -> None:
+        if self._keys is not None:
+            router.curve_server = True
+            router.curve_publickey = self._keys.public.encode()
+            router.curve_secretkey = self._keys.secret.encode()
+            router.zap_domain = role.encode()
+        elif not is_loopback(address):
+            raise needs_keys(address)
+        router.bind(address)
 
     def open(self) -> None:
         """Begin to count; after the last :meth:`listen`."""
-        if self._thread is not None:
+        if self._events:
+            self._thread = threading.Thread(target=self._watch, name="nnqmd-gate", daemon=True)
             self._thread.start()
 
     @property
@@ -249,7 +157,8 @@ class Gate:
         """
         wrong = self._counts[zmq.EVENT_HANDSHAKE_FAILED_AUTH]
         others = self._counts[zmq.EVENT_ACCEPTED] - self._counts[zmq.EVENT_HANDSHAKE_SUCCEEDED] - wrong
-        return {"wrong_key": wrong, "no_handshake": max(0, others)}
+        strangers = sum(entry.lines.strangers for entry in self._entries)
+        return {"wrong_key": wrong, "no_handshake": max(0, others) + strangers}
 
     def _watch(self) -> None:
         poller = zmq.Poller()
@@ -262,16 +171,19 @@ class Gate:
             events.close(linger=0)
 
     def close(self) -> None:
-        """Close the gate; before the context of the sockets ends, and from the thread that owns them."""
+        """Close the gate and its entries; from the thread that uses them, or where none does yet."""
         self._closing.set()
         if self._thread is not None and self._thread.is_alive():
             self._thread.join(5)
-        for socket in self._watched:
+        for router in self._routers:
             with contextlib.suppress(zmq.ZMQError):
-                socket.disable_monitor()
+                router.disable_monitor()
         if self._authenticator is not None:
             self._authenticator.stop()
             self._authenticator = None
+        for entry in self._entries:
+            entry.lines.close()
+        self._context.destroy(linger=100)
 
 
 class _Allowed:

@@ -13,12 +13,10 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import zmq
-
-from nnqmd_server.errors import AddressError, NnqmdError, OutputError, PoolError
+from nnqmd_server.errors import NnqmdError, OutputError, PoolError
+from nnqmd_server.pool.addresses import is_tcp
 from nnqmd_server.pool.dispatch import Observer
 from nnqmd_server.pool.folders import free, own_folder
-from nnqmd_server.pool.gate import is_tcp
 from nnqmd_server.pool.inside import InsideClient
 from nnqmd_server.pool.keys import pool_keys
 from nnqmd_server.pool.processes import Processes, Recipe, plan
@@ -125,13 +123,6 @@ class LocalPool:
             )
             self._pool.start()
             self._processes = Processes(Recipe(models, back, logs, eager, hashes), self.plan)
-        except zmq.ZMQError as error:
-            self.stop()
-            places = f"{self.address} and {join}" if join else self.address
-            raise AddressError(
-                f"Cannot listen at {places}: {error}.",
-                "Choose another address or port.",
-            ) from error
         except OSError as error:
             self.stop()
             raise OutputError(f"Cannot start workers: {error}.", f"Check that {logs} is writable.") from error

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import zmq
 
 try:
     import orjson
@@ -32,6 +31,9 @@ LARGE = 1 << 14
 """From this size on an array is a frame of its own [bytes]: below, a frame costs more than a copy."""
 _DTYPES = {"<f8": np.dtype("<f8"), "<i8": np.dtype("<i8"), "|u1": np.dtype("|u1")}
 _MAX_ARRAYS = 64
+MAX_FRAMES = 2 + _MAX_ARRAYS
+
+Frame = bytes | memoryview
 
 
 UNITS = "eV Angstrom"
@@ -69,7 +71,7 @@ class Message:
     arrays: dict[str, Array] = field(default_factory=dict)
 
 
-def pack(message: Message, bulk: Bulk | None = None) -> list[bytes | memoryview]:
+def pack(message: Message, bulk: Bulk | None = None) -> list[Frame]:
     """Frames of a message; large arrays are not copied when they are contiguous already.
 
     With ``bulk``, the receiver can reach memory that we share: what lies there is named, not sent.
@@ -90,24 +92,7 @@ def pack(message: Message, bulk: Bulk | None = None) -> list[bytes | memoryview]
     return [_encode(header), b"".join(small), *frames]
 
 
-def send(
-    socket: zmq.Socket,
-    message: Message,
-    to: Sequence[bytes] = (),
-    flags: int = 0,
-    bulk: Bulk | None = None,
-) -> None:
-    """Send a message, from a ROUTER to somebody; raises what ``zmq_send`` raises."""
-    # Zero-copy of pyzmq wakes a thread for each frame, which costs more than the copy of these sizes.
-    socket.send_multipart([*to, *pack(message, bulk)], flags=flags)
-
-
-def receive(socket: zmq.Socket, flags: int = 0) -> list[memoryview]:
-    """Frames of what has arrived, without a copy; raises what ``zmq_recv`` raises."""
-    return [frame.buffer for frame in socket.recv_multipart(flags, copy=False)]
-
-
-def unpack(frames: Sequence[bytes | memoryview], bulk: Bulk | None = None) -> Message:
+def unpack(frames: Sequence[Frame], bulk: Bulk | None = None) -> Message:
     """The message that the frames hold; ``bulk`` reaches what lies in shared memory.
 
     Raises
@@ -163,7 +148,7 @@ def _encode(header: dict[str, Any]) -> bytes:
     return json.dumps(header).encode()
 
 
-def _decode(frame: bytes | memoryview) -> dict[str, Any]:
+def _decode(frame: Frame) -> dict[str, Any]:
     if orjson is not None:
         try:
             return orjson.loads(frame)

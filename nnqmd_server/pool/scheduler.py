@@ -1,6 +1,6 @@
-"""The pool: two ZeroMQ sockets, one for doors and one for workers, around the queue of :mod:`dispatch`.
+"""The pool: two entries, one for doors and one for workers, around the queue of :mod:`dispatch`.
 
-One thread owns both sockets and all the state; others only read :meth:`Pool.status`.
+One thread owns both entries and all the state; others only read :meth:`Pool.status`.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ import zmq
 
 from nnqmd_server.errors import AddressError
 from nnqmd_server.memory import keep_buffers
+from nnqmd_server.pool.beat import BEAT
 from nnqmd_server.pool.bulk import Bulk, Place, UnreachableError, near
 from nnqmd_server.pool.crew import HOST, Worker, refusal, worker_of
 from nnqmd_server.pool.dispatch import Dispatch, Observer, Outcome
-from nnqmd_server.pool.gate import Gate, from_network
+from nnqmd_server.pool.gate import Entry, Gate
 from nnqmd_server.pool.keys import PoolKeys
-from nnqmd_server.pool.link import BEAT, keep_alive
 from nnqmd_server.pool.messages import (
     BadMessageError,
     Message,
     arrays_to_structures,
+    pack,
     results_to_arrays,
-    send,
     structures_to_arrays,
     unpack,
 )
@@ -59,7 +59,7 @@ Recorder = Callable[[str, Job, Structures | Results | Fault], None]
 
 
 class Pool:
-    """A pool of workers behind two ZeroMQ sockets, one for doors and one for workers.
+    """A pool of workers behind two entries, one for doors and one for workers.
 
     Parameters
     ----------
@@ -103,20 +103,12 @@ class Pool:
         keys: PoolKeys | None = None,
         known: Mapping[str, dict[str, Any]] | None = None,
     ) -> None:
-        self._context = zmq.Context()
-        self._gate = Gate(self._context, keys)
-        self._doors = self._context.socket(zmq.ROUTER)
-        self._backs = self._context.socket(zmq.ROUTER)
-        self._backs.setsockopt(zmq.ROUTER_MANDATORY, 1)  # tells when a worker's connection is gone
-        for socket in (self._doors, self._backs):
-            socket.setsockopt(zmq.LINGER, 0)
-            keep_alive(socket)
+        self._gate = Gate(keys)
         try:
-            self._gate.listen(self._doors, doors, "door")
-            self._gate.listen(self._backs, workers, "worker")
-        except (zmq.ZMQError, AddressError):
+            self._doors = self._gate.listen(doors, "door")
+            self._backs = self._gate.listen(workers, "worker")
+        except AddressError:
             self._gate.close()
-            self._context.destroy(linger=0)
             raise
         self.watch = Watch()
         if observe is not None:
@@ -125,8 +117,8 @@ class Pool:
         # Counting takes longer than deciding, so what happens is told after the messages have left.
         self._untold: deque[tuple[str, dict[str, Any]]] = deque()
         self._dispatch = Dispatch(max_force, max_cost, deterministic, self._note)
-        self._bulk = Bulk() if any(map(near, _several(doors))) else None
-        self._near_workers = self._bulk is not None and any(map(near, _several(workers)))
+        self._bulk = Bulk() if any(map(near, self._doors.addresses)) else None
+        self._near_workers = self._bulk is not None and any(map(near, self._backs.addresses))
         self._expected = tuple(expected)
         self._announced = dict(known or {})
         self._dead_pids: deque[int] = deque()
@@ -147,10 +139,12 @@ class Pool:
         self._thread.start()
 
     def stop(self) -> None:
-        """Tell the workers to stop, fail what is still waiting, close the sockets."""
+        """Tell the workers to stop, fail what is still waiting, close the entries."""
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join(timeout=10)
+        elif self._thread.ident is None:  # it was never started
+            self._gate.close()
 
     def ask(self, job: Job, memory: Bulk | None = None) -> None:
         """Evaluate a force set of this process; its ``reply`` is called in the pool's thread.
@@ -199,16 +193,17 @@ class Pool:
 
     def _run(self) -> None:
         poller = zmq.Poller()
-        poller.register(self._doors, zmq.POLLIN)
-        poller.register(self._backs, zmq.POLLIN)
+        self._doors.register(poller)
+        self._backs.register(poller)
         poller.register(self._bell, zmq.POLLIN)
         try:
             while not self._stopping.is_set():
                 pause = self._dispatch.pause(time.monotonic(), QUIET if self._untold else POLL)
                 ready = dict(poller.poll(math.ceil(1000 * pause)))
-                for socket, handle in ((self._backs, self._from_worker), (self._doors, self._from_door)):
-                    if socket in ready:
-                        self._receive(socket, handle)
+                for entry, handle in ((self._backs, self._from_worker), (self._doors, self._from_door)):
+                    for sender, frames, far in entry.receive(ready):
+                        self._receive(entry, handle, sender, frames, far)
+                self._miss()
                 self._hear()
                 while self._dead_pids:
                     self._forget(self._dead_pids.popleft())
@@ -228,7 +223,6 @@ class Pool:
             self._gate.close()
             self._bell.close()
             self._ring.close()
-            self._context.destroy(linger=100)
 
     def _note(self, what: str, fields: dict[str, Any]) -> None:
         self._untold.append((what, fields))
@@ -244,40 +238,46 @@ class Pool:
     def _fail_all(self, why: str) -> None:
         self._answer(self._dispatch.fail_all(Fault(why, "See the workers' logs.")))
 
-    def _receive(self, socket: zmq.Socket, handle: Callable[[bytes, Message], None]) -> None:
-        """Take one message: nobody who floods one socket silences the other."""
-        frames = socket.recv_multipart(copy=False)
-        # Who came in over the network has no memory on this machine to show us, nor may he name any.
-        far = from_network(frames[0])
-        identity, *parts = (frame.buffer for frame in frames)
+    def _receive(
+        self,
+        entry: Entry,
+        handle: Callable[[bytes, Message], None],
+        sender: bytes,
+        frames: Sequence[memoryview],
+        far: bool,
+    ) -> None:
+        """Take one message; who came over the network has no memory here to show us, nor may name any."""
         message = None
         try:
-            message = unpack(parts, None if far else self._bulk)
+            message = unpack(frames, None if far else self._bulk)
             if far:
                 for place in ("memory", "forces"):
                     message.fields.pop(place, None)
-            handle(bytes(identity), message)
+            handle(sender, message)
         except Exception as error:  # noqa: BLE001 - whatever anybody sends, the pool goes on
-            who = "worker" if socket is self._backs else "door"
+            who = "worker" if entry is self._backs else "door"
             what = f"The pool did not understand a message: {str(error)[:200]}"
             self._refuse(who, what)
             request = getattr(message or error, "fields", {}).get("request")
             fields = {"what": what, "request": request if isinstance(request, int) else None}
-            self._send(socket, bytes(identity), Message("refused", fields))
+            self._send(entry, sender, Message("refused", fields))
+
+    def _miss(self) -> None:
+        """Notice whose connection has ended; a door that comes back says who it is."""
+        self._doors.lines.gone.clear()
+        while self._backs.lines.gone:
+            worker = self._dispatch.workers.get(self._backs.lines.gone.pop())
+            if worker is not None:
+                self._lose(worker, "the connection is gone")
 
     def _refuse(self, whom: str, what: str) -> None:
         log.warning("refused a %s: %s", whom, what)
         self._dispatch.tell("refused", whom=whom, what=what)
 
     @staticmethod
-    def _send(socket: zmq.Socket, identity: bytes, message: Message, bulk: Bulk | None = None) -> bool:
+    def _send(entry: Entry, identity: bytes, message: Message, bulk: Bulk | None = None) -> bool:
         """Send to somebody who may have gone; whether the connection is there."""
-        try:
-            send(socket, message, [identity], zmq.NOBLOCK, bulk)
-        except zmq.ZMQError as error:  # EHOSTUNREACH: gone; EAGAIN: takes nothing any more
-            log.debug("not sent: %s", error)
-            return False
-        return True
+        return entry.send(identity, pack(message, bulk))
 
     # ---- doors ------------------------------------------------------------------------------------
 
@@ -475,6 +475,8 @@ class Pool:
             return
         self._next_beat = now + BEAT
         self._dispatch.tidy(now)
+        for identity in self._backs.lines.frozen():
+            self._backs.lines.drop(identity)
         for worker in list(self._dispatch.workers.values()):
             self._to_worker(worker.identity, Message("alive"))
 
@@ -484,10 +486,6 @@ class Pool:
             sent = self._send(self._backs, worker.identity, _request(batch, bulk), bulk)
             if not sent and worker.identity in self._dispatch.workers:
                 self._lose(worker, "the connection is gone", batch)
-
-
-def _several(addresses: str | Sequence[str]) -> list[str]:
-    return [addresses] if isinstance(addresses, str) else list(addresses)
 
 
 def _request(batch: Batch, bulk: Bulk | None) -> Message:

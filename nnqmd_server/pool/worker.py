@@ -15,15 +15,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import zmq
-
 from nnqmd_server import __version__
 from nnqmd_server.errors import NnqmdError
+from nnqmd_server.pool.beat import BEAT, LIVENESS
 from nnqmd_server.pool.bulk import Bulk, near
 from nnqmd_server.pool.crew import HOST
-from nnqmd_server.pool.gate import Refusals, connect
 from nnqmd_server.pool.limits import Limits, out_of_memory
-from nnqmd_server.pool.link import BEAT, LIVENESS, keep_alive
+from nnqmd_server.pool.link import Link, connect
 from nnqmd_server.pool.messages import (
     UNITS,
     BadMessageError,
@@ -31,9 +29,8 @@ from nnqmd_server.pool.messages import (
     NotSharedError,
     OtherProtocolError,
     arrays_to_structures,
-    receive,
+    pack,
     results_to_arrays,
-    send,
     unpack,
 )
 from nnqmd_server.potentials.base import Potential, warm_up
@@ -42,8 +39,8 @@ from nnqmd_server.structures import Structures
 
 log = logging.getLogger("nnqmd.worker")
 
-RECONNECT = 50, 5000
-"""First and longest wait before a lost connection is tried again [ms]; it doubles in between."""
+RETRY = 0.05, 5.0
+"""First and longest wait before a lost connection is tried again [s]; it doubles in between."""
 
 
 def _culprits(potential: Potential, structures: Structures) -> list[int]:
@@ -137,28 +134,17 @@ def serve(
     drain = _Drain()
     for potential in potentials.values():
         warm_up(potential)
-    context = zmq.Context()
-    socket = context.socket(zmq.DEALER)
-    socket.setsockopt(zmq.LINGER, 0)
-    socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing is kept for a pool that is not there
-    socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT[0])
-    socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT[1])
-    keep_alive(socket)
     bulk = Bulk() if near(address) else None
-    refusals = None
+    link = connect(address, keys, "worker", RETRY)
     try:
-        refusals = connect(socket, address, keys, "worker")
-        return _converse(socket, refusals, potentials, index, parent, patience, drain, bulk)
+        return _converse(link, address, potentials, index, parent, patience, drain, bulk)
     finally:
-        if refusals is not None:
-            refusals.close()
-        socket.close()
-        context.term()
+        link.close()
 
 
 def _converse(
-    socket: zmq.Socket,
-    refusals: Refusals,
+    link: Link,
+    address: str,
     potentials: Mapping[str, Potential],
     index: int,
     parent: int | None,
@@ -175,31 +161,17 @@ def _converse(
     if bulk is not None:
         who["memory"] = bulk.find(bulk.room(8))
     limits = Limits()
-    socket.poll(1000 * BEAT, zmq.POLLOUT)  # until the connection is there
-    _say(socket, Message("ready", who))
+    link.send(pack(Message("ready", who)), wait=BEAT)
     heard = time.monotonic()
     while parent is None or os.getppid() == parent:
         if drain.asked and not drain.said:
-            drain.said = _say(socket, Message("leaving"))
+            drain.said = link.send(pack(Message("leaving")))
             log.info("leaving")
-        if not socket.poll(1000 * BEAT if not drain.asked else 100):
-            silent = time.monotonic() - heard
-            if drain.asked and silent > BEAT * LIVENESS:
-                return 0
-            turned_away = refusals.why()
-            if turned_away is not None:
-                log.error("%s", turned_away.what)
-                return 3
-            if silent > patience:
-                log.error("no word from a pool at %s for %.0f s", socket.last_endpoint, silent)
-                return 4
-            _say(socket, Message("alive"))
-            continue
-        heard = time.monotonic()
         try:
-            request = unpack(receive(socket), bulk)
+            frames = link.receive(BEAT if not drain.asked else 0.1)
+            request = None if frames is None else unpack(frames, bulk)
         except OtherProtocolError as error:
-            log.error("the pool at %s cannot be joined: %s", socket.last_endpoint.decode(), error)
+            log.error("the pool at %s cannot be joined: %s", address, error)
             return 3
         except NotSharedError as error:  # the door has gone, or lives in another container
             fields = {
@@ -207,31 +179,37 @@ def _converse(
                 "what": str(error),
                 "fix": "Start the simulation again.",
             }
-            _say(socket, Message("failed", fields | {"far": True}))
+            link.send(pack(Message("failed", fields | {"far": True})))
+            heard = time.monotonic()
             continue
         except BadMessageError as error:
             log.error("dropped a message: %s", error)
             continue
+        if request is None:
+            silent = time.monotonic() - heard
+            if drain.asked and silent > BEAT * LIVENESS:
+                return 0
+            turned_away = link.why()
+            if turned_away is not None:
+                log.error("%s", turned_away.what)
+                return 3
+            if silent > patience:
+                log.error("no word from a pool at %s for %.0f s", address, silent)
+                return 4
+            link.send(pack(Message("alive")))
+            continue
+        heard = time.monotonic()
         if request.kind == "stop":
             return 0
         if request.kind == "refused":
             log.error("the pool refused this worker: %s", request.fields.get("what"))
             return 3
         if request.kind == "who":
-            _say(socket, Message("ready", who))
+            link.send(pack(Message("ready", who)))
         elif request.kind == "evaluate":
-            _say(socket, _answer(potentials, limits, request, bulk), bulk)
+            link.send(pack(_answer(potentials, limits, request, bulk), bulk))
             heard = time.monotonic()
     return 0
-
-
-def _say(socket: zmq.Socket, message: Message, bulk: Bulk | None = None) -> bool:
-    """Send if the pool is there; one that comes later asks who we are."""
-    try:
-        send(socket, message, flags=zmq.NOBLOCK, bulk=bulk)
-    except zmq.Again:
-        return False
-    return True
 
 
 def load_all(
