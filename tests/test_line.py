@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnqmd_server.pool.line import MARK, MAX_LATE, Inbox, Line, Lines, encode
+from nnqmd_server.pool.line import MARK, Inbox, Line, encode
+from nnqmd_server.pool.lines import MAX_LATE, Lines
 from nnqmd_server.pool.messages import MAX_FRAMES, BadMessageError
 
 

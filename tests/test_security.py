@@ -26,7 +26,7 @@ from nnqmd_server.pool.addresses import check_keys, is_loopback
 from nnqmd_server.pool.bulk import Bulk
 from nnqmd_server.pool.client import PoolClient
 from nnqmd_server.pool.keys import add_key, make_keys, peer_keys, pool_keys, revoke_key
-from nnqmd_server.pool.line import Lines
+from nnqmd_server.pool.lines import Lines
 from nnqmd_server.pool.link import connect
 from nnqmd_server.pool.messages import (
     MAX_HEADER,

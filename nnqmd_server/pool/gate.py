@@ -18,7 +18,7 @@ from zmq.utils.monitor import parse_monitor_message
 from nnqmd_server.errors import AddressError
 from nnqmd_server.pool.addresses import is_loopback, is_tcp, needs_keys, socket_path
 from nnqmd_server.pool.keys import ROLES, PoolKeys, Role
-from nnqmd_server.pool.line import Lines
+from nnqmd_server.pool.lines import Lines
 from nnqmd_server.pool.messages import Frame
 from nnqmd_server.pool.remote import bound
 
