@@ -171,7 +171,8 @@ def floor(seconds: float, times: int = 220) -> float:
             for _ in range(times):
                 start = time.perf_counter()
                 link.sendall(b"x" * 300)
-                extra.append(time.perf_counter() - start - float(link.recv(4096)))
+                slept = float(link.recv(4096))
+                extra.append(time.perf_counter() - start - slept)
         for helper in helpers:
             helper.kill()
     return 1e3 * statistics.median(extra[20:])
