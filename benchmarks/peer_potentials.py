@@ -2,7 +2,7 @@
 
 Called by benchmarks/potentials.py and tests/test_peer_potentials.py in that program's environment:
 
-    PYTHON benchmarks/peer_potentials.py deepmd|mace|sevennet|tblite FOLDER
+    PYTHON benchmarks/peer_potentials.py deepmd|mace|mattersim|metatomic|orb|sevennet|tblite FOLDER
 
 FOLDER/structures.npz has numbers, positions [Angstrom], cells [Angstrom, rows] and offsets of some
 structures. FOLDER/oracle.npz gets their energy [eV], forces [eV/Angstrom] and virial [eV] by the
@@ -13,6 +13,11 @@ deepmd    pip install deepmd-kit (see docs/potentials.md), ase. se_e2_a, 300 ste
           FOLDER/train.npz (energies and forces of the ammonia data set); oracle: DeepPot.eval, one by one.
 mace      pip install mace-torch torch-sim-atomistic ipi. Two layers, 16x0e+16x1o, weights as initialised
           (seed 1), float64; oracle: MACECalculator, one structure at a time.
+mattersim pip install mattersim. M3GNet of two blocks, weights as initialised (seed 1), float32; oracle:
+          MatterSimCalculator, one structure at a time.
+metatomic pip install metatomic-torch metatomic-ase metatomic-torchsim ase ipi (Python 3.12).
+          A repulsion of pairs in float64, saved as metatomic's programs save models; oracle:
+          MetatomicCalculator, one structure at a time.
 sevennet  pip install sevenn==0.12.1 torch-sim-atomistic==0.3.0. SevenNet-0, which the wheel of sevenn
           brings; oracle: SevenNetCalculator.
 tblite    pip install tblite ase ipi. GFN2-xTB; oracle: tblite.interface.
@@ -51,6 +56,16 @@ def by_ase(calculator: object, frames: list[Frame]) -> list[tuple]:
         virial = -atoms.get_stress(voigt=False) * atoms.get_volume()
         found.append((atoms.get_potential_energy(), atoms.get_forces(), virial))
     return found
+
+
+def first_structure(folder: Path, frames: list[Frame]) -> Path:
+    """A file with the first structure, for i-PI's drivers, which learn the elements from it."""
+    numbers, positions, cell = frames[0]
+    a, b, c = np.linalg.norm(cell, axis=1)
+    lines = [f"{'N' if n == 7 else 'H'} {x} {y} {z}" for n, (x, y, z) in zip(numbers, positions, strict=True)]
+    comment = f"# CELL(abcABC): {a} {b} {c} 90 90 90 positions{{angstrom}} cell{{angstrom}}"
+    (folder / "first.xyz").write_text("\n".join([str(len(lines)), comment, *lines]) + "\n")
+    return folder / "first.xyz"
 
 
 def deepmd(folder: Path, frames: list[Frame]) -> tuple[list[tuple], dict[str, str], list[str]]:
@@ -155,17 +170,108 @@ def mace(folder: Path, frames: list[Frame]) -> tuple[list[tuple], dict[str, str]
     model = folder / "mace.model"
     torch.save(network, model)
     (folder / "mace_maker.py").write_text(MACE_MAKER)
-    numbers, positions, _ = frames[0]
-    symbols = np.where(numbers == 7, "N", "H")
-    lines = [f"{s} {x} {y} {z}" for s, (x, y, z) in zip(symbols, positions, strict=True)]
-    (folder / "first.xyz").write_text("\n".join([str(len(lines)), "first", *lines]) + "\n")
+    first = first_structure(folder, frames)
     calculator = MACECalculator(model_paths=str(model), device="cpu", default_dtype="float64")
     sources = {
         "ASE": f"ase:mace.calculators.MACECalculator,model_paths={model},default_dtype=float64",
         "TorchSim": f"torchsim:{folder}/mace_maker.py:maker,model={model}",
-        "i-PI, batched": f"ipi:mace,template={folder}/first.xyz,model={model}",
+        "i-PI, batched": f"ipi:mace,template={first},model={model}",
     }
     return by_ase(calculator, frames), sources, ["mace-torch", "torch-sim-atomistic", "ipi"]
+
+
+MATTERSIM_MAKER = """
+import torch
+from mattersim.forcefield.m3gnet.m3gnet import M3Gnet
+from mattersim.forcefield.potential import MatterSimCalculator, Potential
+
+def maker(device="cpu"):
+    torch.manual_seed(1)
+    network = M3Gnet(num_blocks=2, units=32, device=device)
+    network.normalizer.scale *= 100.0  # forces of 0.1 eV/Angstrom
+    return MatterSimCalculator(Potential(network, device=device), device=device)
+"""
+
+
+def mattersim(folder: Path, frames: list[Frame]) -> tuple[list[tuple], dict[str, str], list[str]]:
+    """A small network with the weights that it begins with: those that are trained are downloaded."""
+    (folder / "mattersim_maker.py").write_text(MATTERSIM_MAKER)
+    sys.path.insert(0, str(folder))
+    from mattersim_maker import maker
+
+    return by_ase(maker(), frames), {"ASE": f"ase:{folder}/mattersim_maker.py:maker"}, ["mattersim"]
+
+
+METATOMIC_MODEL = """
+from typing import Dict, List, Optional
+
+import torch
+from metatensor.torch import Labels, TensorBlock, TensorMap
+from metatomic.torch import ModelOutput, NeighborListOptions, System
+
+
+class Repulsion(torch.nn.Module):
+    def requested_neighbor_lists(self) -> List[NeighborListOptions]:
+        return [NeighborListOptions(cutoff=4.5, full_list=False, strict=True)]
+
+    def forward(
+        self, systems: List[System], outputs: Dict[str, ModelOutput], selected_atoms: Optional[Labels]
+    ) -> Dict[str, TensorMap]:
+        found: List[torch.Tensor] = []
+        for system in systems:
+            pairs = system.get_neighbor_list(
+                NeighborListOptions(cutoff=4.5, full_list=False, strict=True)
+            )
+            r = (pairs.values.reshape(-1, 3) ** 2).sum(dim=1).sqrt()
+            first = system.types[pairs.samples.column("first_atom").to(torch.int64)]
+            second = system.types[pairs.samples.column("second_atom").to(torch.int64)]
+            strength = (first * second).to(r.dtype).sqrt()
+            found.append((strength * torch.exp(-r) * (1.0 - (r / 4.5) ** 2) ** 3).sum())
+        block = TensorBlock(
+            values=torch.stack(found).reshape(-1, 1),
+            samples=Labels(["system"], torch.arange(len(systems), device=found[0].device).reshape(-1, 1)),
+            components=torch.jit.annotate(List[Labels], []),
+            properties=Labels(["energy"], torch.tensor([[0]], device=found[0].device)),
+        )
+        keys = Labels(["_"], torch.tensor([[0]], device=found[0].device))
+        return {"energy": TensorMap(keys, [block])}
+"""
+
+METATOMIC_MAKER = """
+from metatomic_torchsim import MetatomicModel
+
+def maker(device, model):
+    return MetatomicModel(model, device=device)
+"""
+
+
+def metatomic(folder: Path, frames: list[Frame]) -> tuple[list[tuple], dict[str, str], list[str]]:
+    """A potential of pairs as a model file of metatomic."""
+    (folder / "repulsion.py").write_text(METATOMIC_MODEL)
+    (folder / "metatomic_maker.py").write_text(METATOMIC_MAKER)
+    sys.path.insert(0, str(folder))
+    from metatomic.torch import AtomisticModel, ModelCapabilities, ModelMetadata, ModelOutput
+    from metatomic_ase import MetatomicCalculator
+    from repulsion import Repulsion
+
+    model = folder / "repulsion.pt"
+    capabilities = ModelCapabilities(
+        outputs={"energy": ModelOutput(unit="eV", sample_kind="system")},
+        atomic_types=[1, 7],
+        interaction_range=4.5,
+        length_unit="angstrom",
+        supported_devices=["cpu", "cuda"],
+        dtype="float64",
+    )
+    AtomisticModel(Repulsion().eval(), ModelMetadata(name="repulsion"), capabilities).save(str(model))
+    first = first_structure(folder, frames)
+    sources = {
+        "ASE": f"ase:metatomic_ase.MetatomicCalculator,model={model}",
+        "TorchSim": f"torchsim:{folder}/metatomic_maker.py:maker,model={model}",
+        "i-PI, batched": f"ipi:metatomic,template={first},model={model}",
+    }
+    packages = ["metatomic-torch", "metatomic-ase", "metatomic-torchsim", "torch-sim-atomistic", "ipi"]
+    return by_ase(MetatomicCalculator(str(model), device="cpu"), frames), sources, packages
 
 
 SEVENNET_MAKER = """
@@ -229,14 +335,10 @@ def tblite(folder: Path, frames: list[Frame]) -> tuple[list[tuple], dict[str, st
         answer = calculator.singlepoint()
         virial = -answer.get("virial") * HARTREE  # its "virial" is dE/d(strain)
         found.append((answer.get("energy") * HARTREE, -answer.get("gradient") * HARTREE / BOHR, virial))
-    numbers, positions, cell = frames[0]
-    a, b, c = np.linalg.norm(cell, axis=1)
-    lines = [f"{'N' if n == 7 else 'H'} {x} {y} {z}" for n, (x, y, z) in zip(numbers, positions, strict=True)]
-    comment = f"# CELL(abcABC): {a} {b} {c} 90 90 90 positions{{angstrom}} cell{{angstrom}}"
-    (folder / "first.xyz").write_text("\n".join([str(len(lines)), comment, *lines]) + "\n")
+    first = first_structure(folder, frames)
     sources = {
         "ASE": "ase:tblite.ase.TBLite,method=GFN2-xTB,verbosity=0",
-        "i-PI, one by one": f"ipi:xtb,template={folder}/first.xyz,method=GFN2-xTB,periodic=true",
+        "i-PI, one by one": f"ipi:xtb,template={first},method=GFN2-xTB,periodic=true",
     }
     return found, sources, ["tblite", "ipi"]
 
@@ -244,6 +346,8 @@ def tblite(folder: Path, frames: list[Frame]) -> tuple[list[tuple], dict[str, st
 PROGRAMS: dict[str, Callable] = {
     "deepmd": deepmd,
     "mace": mace,
+    "mattersim": mattersim,
+    "metatomic": metatomic,
     "orb": orb,
     "sevennet": sevennet,
     "tblite": tblite,

@@ -25,7 +25,7 @@ import numpy as np
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-PROGRAMS = ("deepmd", "mace", "orb", "sevennet", "tblite")
+PROGRAMS = ("deepmd", "mace", "mattersim", "metatomic", "orb", "sevennet", "tblite")
 
 
 def structures_of_ammonia() -> object:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from ase.calculators.calculator import CalculationFailed, Calculator, all_changes
+from ase.calculators.calculator import (
+    CalculationFailed,
+    Calculator,
+    PropertyNotImplementedError,
+    all_changes,
+)
 
 
 class Springs(Calculator):
@@ -37,6 +42,16 @@ class Fails(Springs):
         if (self.atoms.positions[:, 1] > 100).any():
             self.results["forces"] = np.full_like(self.results["forces"], np.nan)
         self.results["stress"] = np.zeros(6)
+
+
+class Claims(Springs):
+    """Names more properties than it has, as metatomic's does, and refuses those that it lacks."""
+
+    def calculate(self, atoms=None, properties=(), system_changes=all_changes):
+        if "free_energy" in properties:
+            raise PropertyNotImplementedError("free_energy")
+        super().calculate(atoms, properties, system_changes)
+        del self.results["free_energy"]
 
 
 class Broken(Springs):

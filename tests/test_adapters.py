@@ -125,6 +125,9 @@ def test_the_energy_is_the_one_that_the_forces_belong_to_and_the_device_is_passe
     structures = from_ase([crystal()])
     plain = load(f"{ODD}:Springs,stress=none,entropy=3.0").evaluate(structures)
     assert plain.energy[0] == pytest.approx(0.5 * (structures.positions**2).sum(), rel=1e-12)
+    claims = load(f"{ODD}:Claims,stress=finite,entropy=3.0").evaluate(structures)
+    assert claims.energy[0] == pytest.approx(plain.energy[0] + 3.0, rel=1e-12)
+    assert abs(claims.virial[0]).max() > 1.0
     assert load(f"{ODD}:with_device,stress=none,size=2", "cuda")._calculator.parameters["device"] == "cuda2"
     assert load(f"{ODD}:with_device,stress=none,device=mine")._calculator.parameters["device"] == "mine1"
 

@@ -1,4 +1,4 @@
-"""DeePMD-kit, MACE, ORB, SevenNet and tblite, each in an environment of its own, against the program."""
+"""Other programs, each in an environment of its own, against what they say themselves."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ LIMITS = {
     # float32 networks and SCF: to what they repeat; float64: to the order in which numbers are added
     "deepmd": (1e-9, 1e-9, 1e-9),
     "mace": (1e-8, 1e-8, 1e-7),
+    "mattersim": (1e-3, 1e-3, 1e-2),
+    "metatomic": (1e-9, 1e-9, 1e-9),
     "orb": (1e-3, 1e-3, 1e-2),
     "sevennet": (1e-3, 1e-3, 1e-2),
     "tblite": (1e-5, 1e-4, 1e-3),

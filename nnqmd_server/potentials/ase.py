@@ -71,6 +71,7 @@ class AseCalculator:
         self._stress = stress
         self._periodic = periodic
         self._template = template
+        self._consistent = "free_energy" in getattr(calculator, "implemented_properties", [])
         self.form = f"ASE, {type(calculator).__name__}"
         if not any(periodic):
             self.form += ", not periodic"
@@ -136,19 +137,27 @@ class AseCalculator:
         name, n = self.card.name, len(atoms)
         atoms.calc = self._calculator
         forces = shaped(name, "forces", atoms.get_forces(), (n, 3))
-        consistent = "free_energy" in getattr(self._calculator, "implemented_properties", [])
-        energy = atoms.get_potential_energy(force_consistent=consistent)
+        energy = self._energy(atoms)
         further = [self._further(atoms, name) for name in self.card.properties]
-        return float(energy), forces, self._virial(atoms, forces, consistent), *further
+        return float(energy), forces, self._virial(atoms, forces), *further
 
-    def _virial(self, atoms: Atoms, forces: Array, consistent: bool) -> Array:
+    def _energy(self, atoms: Atoms) -> float:
+        try:
+            return atoms.get_potential_energy(force_consistent=self._consistent)
+        except PropertyNotImplementedError:
+            if not self._consistent:
+                raise
+            self._consistent = False  # metatomic's names all properties of ASE, whatever the model gives
+            return atoms.get_potential_energy()
+
+    def _virial(self, atoms: Atoms, forces: Array) -> Array:
         if not any(self._periodic):
             virial = atoms.positions.T @ forces  # -dE/d(strain) of a system without images
             return (virial + virial.T) / 2
         if self._stress == "none":
             return np.zeros((3, 3))
         if self._stress == "finite":
-            stress = calculate_numerical_stress(atoms, _STRAIN, force_consistent=consistent)
+            stress = calculate_numerical_stress(atoms, _STRAIN, force_consistent=self._consistent)
         else:
             try:
                 stress = atoms.get_stress()
