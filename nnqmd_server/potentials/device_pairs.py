@@ -7,9 +7,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from nnqmd_server.potentials import device_lists
 from nnqmd_server.potentials.neighbours import Lists
 from nnqmd_server.potentials.pairs import Pairs
-from nnqmd_server.structures import Array, Structures
+from nnqmd_server.structures import Array, Structures, concatenate
 
 _AT_ONCE = 4_000_000  # pairs times structures: 100 MB of distances
 
@@ -50,7 +51,9 @@ def edges_on_device(
     """
     positions = torch.from_numpy(np.ascontiguousarray(structures.positions)).to(device)
     edges, shifts, owners = [], [], []
-    for which, cell, one in lists.chosen(structures):
+    shared = len(structures) >= device_lists.MANY and device_lists.usable(device)
+    chosen = lists.chosen(structures, shared)
+    for which, cell, one in chosen:
         copy = one.copies.get(device)
         if copy is None:
             copy = one.copies[device] = _copy(one.pairs, device)
@@ -65,6 +68,14 @@ def edges_on_device(
             edges.append(copy.edges.index_select(1, edge) + first[member])
             shifts.append(copy.shifts.index_select(0, edge))
             owners.append(some[member])
+    left = np.diff(structures.offsets) > 0
+    for which, _, _ in chosen:
+        left[which] = False
+    if left.any():
+        for what, more in zip(
+            (edges, shifts, owners), _made_there(structures, left, lists, device), strict=True
+        ):
+            what.append(more)
     if not owners:
         none = torch.empty((2, 0), dtype=torch.int64, device=device)
         no_shifts = torch.empty((0, 3), dtype=torch.float64, device=device)
@@ -75,6 +86,17 @@ def edges_on_device(
         return edges[0], shifts[0], counts
     order = torch.sort(owner, stable=True).indices
     return torch.cat(edges, dim=1)[:, order], torch.cat(shifts)[order], counts
+
+
+def _made_there(
+    structures: Structures, left: Array, lists: Lists, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Edges, shifts and owners of structures without a list."""
+    which = np.flatnonzero(left)
+    some = concatenate([structures[k : k + 1] for k in which])
+    edges, shifts, counts = device_lists.fresh_edges_on_device(some, lists.cutoff, device)
+    atoms = torch.from_numpy(np.flatnonzero(np.repeat(left, np.diff(structures.offsets)))).to(device)
+    return atoms[edges], shifts, torch.from_numpy(np.repeat(which, counts)).to(device)
 
 
 def _copy(pairs: Pairs, device: torch.device) -> _Copy:

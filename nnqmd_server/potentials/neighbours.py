@@ -170,8 +170,15 @@ class Lists:
                 found[k] = edges
         return found
 
-    def chosen(self, structures: Structures) -> list[tuple[Array, Array, KeptList]]:
+    def chosen(self, structures: Structures, shared: bool = False) -> list[tuple[Array, Array, KeptList]]:
         """Which list is complete for which structures; lists are made where none is.
+
+        Parameters
+        ----------
+        structures : Structures
+            Any.
+        shared : bool
+            Make no list for structures that would be alone with it: they are left out.
 
         Returns
         -------
@@ -185,10 +192,13 @@ class Lists:
             if not len(numbers):
                 continue
             positions = structures[first:last].positions.reshape(last - first, len(numbers), 3)
-            found += [(first + which, cell, one) for which, one in self._lists_for(numbers, positions, cell)]
+            lists = self._lists_for(numbers, positions, cell, shared)
+            found += [(first + which, cell, one) for which, one in lists]
         return found
 
-    def _lists_for(self, numbers: Array, positions: Array, cell: Array) -> list[tuple[Array, KeptList]]:
+    def _lists_for(
+        self, numbers: Array, positions: Array, cell: Array, shared: bool
+    ) -> list[tuple[Array, KeptList]]:
         """Lists, and which structures each of them is for."""
         elements = numbers.tobytes()
         kind = self._kinds.setdefault(elements, _Kind())
@@ -209,6 +219,8 @@ class Lists:
         kept = [one for _, one in chosen]
         while len(pending):
             members, reach = self._group(numbers, positions[pending])
+            if shared and len(members) == 1:  # the others most likely are too: each costs a look at all
+                break
             keep = self.skin > 0 and kind.worth_keeping()
             margin = keep * self.skin / (2 if len(members) == 1 else 4)
             one = self._make(positions[pending[members]].mean(axis=0), cell, reach + margin)
