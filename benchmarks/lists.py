@@ -4,6 +4,8 @@ In one run, with the shipped model on one thread and beads of a ring polymer tha
 
 - microseconds per bead for the edges of 32 beads from one kept list (cut by pairs.c, and by numpy), against a
   new vesin list for each bead;
+- what is left to the host where a GPU cuts the pairs: finding the list of 32 beads at every step, and making
+  the list of one structure that shares none, for 64, 256 and 1024 atoms;
 - the share of lists and tensors in an evaluation, for 64 and 256 atoms;
 - milliseconds per structure when 1, 2, 4, 8 structures go into one call of the model, for 16, 64, 256 atoms;
 - structures per second of one process with 1 and 2 threads and of 2 processes.
@@ -36,7 +38,7 @@ ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "examples/ammonia/models/small/ammonia-small.nequip.zip"
 START = ROOT / "ipi_inputs/ammonia-solid-trpmd/init.xyz"
 SPREAD = {1: 0.12, 7: 0.09}  # of a bead from its centroid, each direction [Angstrom]: TRPMD, 32 beads, 100 K
-REPEATS = {16: (1, 1, 1), 64: (2, 2, 1), 256: (4, 2, 2)}
+REPEATS = {16: (1, 1, 1), 64: (2, 2, 1), 256: (4, 2, 2), 1024: (4, 4, 4)}
 
 
 def rings(atoms: int, beads: int, steps: int) -> list[Structures]:
@@ -85,6 +87,18 @@ def list_times(atoms: int, rounds: int) -> dict[str, float]:
         "ratio": ratio,
         "built": lists.built,
     }
+
+
+def host_times(atoms: int, rounds: int) -> dict[str, float]:
+    """Milliseconds to find the list of 32 beads, and to make one for one structure."""
+    frames = rings(atoms, 32, 20)
+    lists, find, make = Lists(5.0), [], []
+    alone = frames[0][:1]
+    for _ in range(rounds):
+        lists.chosen(frames[0])
+        find.append(seconds(lists.chosen, frames))
+        make.append(seconds(lambda one: Lists(5.0).chosen(one), [alone] * 5))
+    return {"find_ms": 1e3 * statistics.median(find), "make_ms": 1e3 * statistics.median(make)}
 
 
 def share(potential: Allegro, atoms: int) -> float:
@@ -157,6 +171,13 @@ def main() -> None:
             f" ({times['numpy_us']:.1f} without a compiler),"
             f" {times['fresh_us']:.1f} from new ones ({times['ratio']:.1f}x);"
             f" lists and tensors are {100 * figures[f'share.{atoms}']:.2f} % of an evaluation"
+        )
+    for atoms in (64, 256, 1024):
+        times = host_times(atoms, options.rounds)
+        figures |= {f"host.{atoms}.{name}": value for name, value in times.items()}
+        print(
+            f"{atoms} atoms: {times['find_ms']:.3f} ms to find the list of 32 beads,"
+            f" {times['make_ms']:.2f} ms to make the list of one structure"
         )
     for atoms in (16, 64, 256):
         row = {count: together(potential, atoms, count) for count in (1, 2, 4, 8)}

@@ -6,11 +6,16 @@ the order of 1 eV/Angstrom; where forces are larger, rounding is larger in propo
 
 from __future__ import annotations
 
+import subprocess
+
 import numpy as np
 import pytest
+import torch
+import torch._dynamo
 from ase import Atoms
 from conftest import MODEL, crystal, triclinic
 
+from nnqmd_server.potentials import compiled
 from nnqmd_server.potentials.allegro import Allegro
 from nnqmd_server.structures import VACUUM, from_ase
 
@@ -136,6 +141,27 @@ def test_compiled_in_one_call_is_eager(potential):
     structures = from_ase(list(CASES.values()))
     eager = load(MODEL, compiled=False)
     assert_same(eager.evaluate(structures), in_one_call(potential, structures), LIMIT["float32"])
+
+
+def test_nothing_is_compiled_while_atoms_and_edges_change_in_number(potential, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("something is compiled in the middle of a run")
+
+    assert potential.form.startswith("compiled")
+    monkeypatch.setattr(subprocess, "Popen", never)
+    before = sorted(compiled.cache_folder().iterdir())
+    graphs = dict(torch._dynamo.utils.counters["stats"])
+    edges = set()
+    for n in range(1, 17):
+        one = from_ase([crystal(seed=n)[:n]])
+        results = potential.evaluate(one)
+        together = in_one_call(potential, from_ase([crystal(seed=n)[:n], crystal(seed=n)]))
+        edges.add(potential.lists.edges(one)[0][0].shape[1])
+        assert_same(results, potential.evaluate(one), 0.0)
+        assert np.isfinite(together.forces).all()
+    assert len(edges) > 12
+    assert dict(torch._dynamo.utils.counters["stats"]) == graphs
+    assert sorted(compiled.cache_folder().iterdir()) == before
 
 
 @pytest.mark.slow

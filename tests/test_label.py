@@ -141,7 +141,7 @@ def test_other_settings_are_other_labels(tmp_path):
     ("text", "error", "words"),
     [
         ("abinit", InputError, "not a code"),
-        ("ase:ase.calculators.emt.EMT,cutoff", InputError, "not an option"),
+        ("ase:ase.calculators.emt.EMT,cutoff", InputError, "key=value"),
         ("ase:no_such_package.Thing", ProgramError, "not installed"),
         ("ase:ase.calculators.emt.NoSuch", InputError, "NoSuch"),
         (f"{MAKER},colour=red", InputError, "colour"),

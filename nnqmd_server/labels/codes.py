@@ -26,6 +26,7 @@ from nnqmd_server.labels.centres import ESTIMATOR
 from nnqmd_server.labels.cp2k_input import FORCES, K_LENGTH, WANNIER, read_template, shipped
 from nnqmd_server.labels.frames import labelled
 from nnqmd_server.potentials.foreign import load_module
+from nnqmd_server.potentials.sources import read
 
 Labeller = Callable[[Atoms, Path], Atoms]
 """Labels one structure; works in a folder of its own, which exists and is empty."""
@@ -229,14 +230,11 @@ def parse_code(text: str, **cp2k: Any) -> Code:
     InputError, ProgramError
         It is none of these, or not installed.
     """
-    head, *rest = text.split(",")
-    if head == "cp2k" and not rest:
+    if text == "cp2k":
         return find_cp2k(**cp2k)
-    options = tuple(_option(part) for part in rest)
+    head, comma, rest = text.partition(",")
     if head == "tblite":
         source = "tblite.ase.TBLite"
-        # its table of every SCF step would fill the logs
-        options = tuple({"method": "GFN1-xTB", "verbosity": 0, **dict(options)}.items())
     elif head.startswith("ase:") and "." in head[4:]:
         source = head[4:]
     elif head.partition(":")[0].endswith(".py") and head.partition(":")[2].isidentifier():
@@ -246,17 +244,11 @@ def parse_code(text: str, **cp2k: Any) -> Code:
             f"{text!r} is not a code that can label.",
             "Use cp2k, tblite, ase:MODULE.CLASS,key=value or FILE.py:MAKER.",
         )
-    return AseCode(source, options, _version(source))
-
-
-def _option(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals or not key.isidentifier():
-        raise InputError(f"{text!r} is not an option.", "Use key=value, such as method=GFN2-xTB.")
-    try:
-        return key, json.loads(value)
-    except json.JSONDecodeError:
-        return key, value
+    options = read(f"ase:{source}{comma}{rest}").options  # as nnqmd serve reads it
+    if head == "tblite":
+        # its table of every SCF step would fill the logs
+        options = {"method": "GFN1-xTB", "verbosity": 0} | options
+    return AseCode(source, tuple(options.items()), _version(source))
 
 
 def find_cp2k(

@@ -11,18 +11,15 @@ All forms are zip files; which of them a file is, its contents tell:
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import pickle
 import zipfile
-import zlib
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nnqmd_server.errors import ModelError
+from nnqmd_server.potentials.archives import PLAIN, WANTED, names_in, opened, plain_data, text_of
 from nnqmd_server.potentials.base import Card
 
 PACKAGE_SUFFIX = ".nequip.zip"
@@ -40,14 +37,6 @@ PRECISIONS = ("float32", "float64", "tf32")
 
 CARD_KEY = "nnqmd_card"
 """Under which a model that we compiled carries what nequip's metadata have no place for."""
-
-_WANTED = (
-    "Give a packaged model (.nequip.zip), as `nnqmd train` or `nequip-package build` writes it, a checkpoint"
-    " (.ckpt), a compiled model (.nequip.pt2), or one deployed by nequip 0.5 or 0.6 (.pth)."
-)
-
-_MAX_TEXT = 1 << 20
-_MAX_PICKLE = 1 << 26
 
 # Allegro passes no messages between atoms; other nequip models do.
 _STRICTLY_LOCAL = {"allegro.model.AllegroModel", "nnqmd_server.networks.allegro_wannier.AllegroWannier"}
@@ -71,7 +60,7 @@ def form_of(path: str | Path) -> str:
         The file is missing, or has none of them.
     """
     path = Path(path)
-    with _opened(path) as archive:
+    with opened(path) as archive:
         return _form(path, archive)
 
 
@@ -84,13 +73,13 @@ def read_card(path: str | Path) -> Card:
         The file is missing or is not a model.
     """
     path = Path(path)
-    with _opened(path) as archive:
+    with opened(path) as archive:
         form = _form(path, archive)
         try:
             return _READERS[form](path, archive)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             what = FORMS[form].partition(" (")[0]
-            raise ModelError(f"{path} lacks an entry of a {what}: {error}.", _WANTED) from error
+            raise ModelError(f"{path} lacks an entry of a {what}: {error}.", WANTED) from error
 
 
 def with_precision(path: str | Path, precision: str | None) -> Card:
@@ -131,7 +120,7 @@ def model_config(path: str | Path) -> dict[str, Any]:
         See :func:`read_card`.
     """
     path = Path(path)
-    with _opened(path) as archive:
+    with opened(path) as archive:
         if _form(path, archive) == "checkpoint":
             return _checkpoint_config(path, archive)
         return _package_texts(path, archive)[0]["training_module"]["model"]
@@ -145,7 +134,7 @@ def torchscript_texts(path: str | Path) -> dict[str, str]:
     ModelError
         See :func:`read_card`.
     """
-    with _opened(Path(path)) as archive:
+    with opened(Path(path)) as archive:
         return _extras(archive)
 
 
@@ -157,53 +146,8 @@ def compiled_texts(path: str | Path) -> dict[str, str]:
     ModelError
         See :func:`read_card`.
     """
-    with _opened(Path(path)) as archive:
+    with opened(Path(path)) as archive:
         return _metadata(archive)
-
-
-class _opened:  # noqa: N801 - used like a function
-    """A zip file whose errors are told in words."""
-
-    def __init__(self, path: Path) -> None:
-        if not path.is_file():
-            raise ModelError(f"There is no model file {path}.", _WANTED)
-        self._path = path
-
-    def __enter__(self) -> zipfile.ZipFile:
-        try:
-            self._archive = zipfile.ZipFile(self._path)
-        except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
-            raise self._told(error) from error
-        return self._archive
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        self._archive.close()
-        if error is not None and not isinstance(error, ModelError) and isinstance(error, _UNREADABLE):
-            raise self._told(error) from error
-
-    def _told(self, error: BaseException) -> ModelError:
-        with self._path.open("rb") as file:
-            head = file.read(2)
-        if head[:1] == b"\x80":
-            return ModelError(
-                f"{self._path} is a pickle, which could execute anything when it is read; it was not read.",
-                _WANTED,
-            )
-        return ModelError(f"{self._path} is not a model: {error}.", _WANTED)
-
-
-_UNREADABLE = (
-    OSError,
-    EOFError,
-    UnicodeDecodeError,
-    NotImplementedError,
-    RecursionError,
-    RuntimeError,  # an encrypted member
-    zipfile.BadZipFile,
-    zlib.error,
-    pickle.UnpicklingError,
-    json.JSONDecodeError,
-)
 
 
 def _form(path: Path, archive: zipfile.ZipFile) -> str:
@@ -221,25 +165,19 @@ def _form(path: Path, archive: zipfile.ZipFile) -> str:
     if _member(archive, "model/config.yaml") and _member(archive, "model/package_metadata.txt"):
         return "package"
     if "data.pkl" in inside:
-        found = _globals_of(path, archive)
-        if found - _PLAIN:
-            names = ", ".join(sorted(found - _PLAIN)[:5])
+        found = names_in(path, archive)
+        if found - PLAIN:
+            names = ", ".join(sorted(found - PLAIN)[:5])
             raise ModelError(
-                f"{path} is a pickle that would call {names} when it is loaded; it was not loaded.", _WANTED
+                f"{path} is a pickle that would call {names} when it is loaded; it was not loaded.", WANTED
             )
-        if isinstance(_unpickled(path, archive), Mapping):
+        if isinstance(plain_data(path, archive), Mapping):
             return "checkpoint"
-    raise ModelError(f"{path} is a zip file but not a packaged model.", _WANTED)
+    raise ModelError(f"{path} is a zip file but not a packaged model.", WANTED)
 
 
 def _member(archive: zipfile.ZipFile, ending: str) -> str | None:
     return next((name for name in archive.namelist() if name.endswith(f"/{ending}")), None)
-
-
-def _text(archive: zipfile.ZipFile, name: str) -> bytes:
-    if archive.getinfo(name).file_size > _MAX_TEXT:
-        raise zipfile.BadZipFile(f"its {name} is too long")
-    return archive.read(name)
 
 
 # --- packages ---
@@ -250,11 +188,11 @@ def _package_texts(path: Path, archive: zipfile.ZipFile) -> tuple[Any, Any]:
 
     try:
         return tuple(
-            yaml.safe_load(_text(archive, _member(archive, name) or ""))
+            yaml.safe_load(text_of(archive, _member(archive, name) or ""))
             for name in ("model/config.yaml", "model/package_metadata.txt")
         )
     except yaml.YAMLError as error:
-        raise ModelError(f"{path} is not a model: {error}.", _WANTED) from error
+        raise ModelError(f"{path} is not a model: {error}.", WANTED) from error
 
 
 def _of_package(path: Path, archive: zipfile.ZipFile) -> Card:
@@ -280,76 +218,16 @@ def _of_config(path: Path, model: Mapping[str, Any], elements: tuple[str, ...]) 
 
 # --- checkpoints ---
 
-_PLAIN = {
-    "collections.OrderedDict",
-    "torch._utils._rebuild_tensor_v2",
-    "torch._utils._rebuild_parameter",
-    "torch.Size",
-    *(
-        f"torch.{kind}Storage"
-        for kind in (
-            *("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool"),
-            "Untyped",
-        )
-    ),
-}
-"""What the pickle of a checkpoint may name: tensors, numbers, texts and containers of them."""
-
-
-class _Blank:
-    """Stands where a tensor was."""
-
-    def __init__(self, *_: object) -> None: ...
-
-    def __setstate__(self, state: object) -> None: ...
-
-
-class _Reader(pickle.Unpickler):
-    """Reads plain containers; what else a pickle names becomes a blank: nothing is imported or called."""
-
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file)
-        self.named: set[str] = set()
-
-    def find_class(self, module: str, name: str) -> type:
-        self.named.add(f"{module}.{name}")
-        return OrderedDict if (module, name) == ("collections", "OrderedDict") else _Blank
-
-    def persistent_load(self, pid: object) -> _Blank:
-        # The kind of a storage stands in its identity.
-        return _Blank()
-
-
-def _read_pickle(path: Path, archive: zipfile.ZipFile) -> tuple[Any, set[str]]:
-    name = next(n for n in archive.namelist() if n.partition("/")[2] == "data.pkl")
-    if archive.getinfo(name).file_size > _MAX_PICKLE:
-        raise ModelError(f"{path} is not a checkpoint: its pickle is too long.", _WANTED)
-    reader = _Reader(io.BytesIO(archive.read(name)))
-    try:
-        return reader.load(), reader.named
-    except (TypeError, ValueError, AttributeError, IndexError, KeyError, MemoryError) as error:
-        if reader.named - _PLAIN:  # a blank cannot do what the named thing can
-            return None, reader.named
-        raise pickle.UnpicklingError(f"its pickle cannot be read ({error})") from error
-
-
-def _globals_of(path: Path, archive: zipfile.ZipFile) -> set[str]:
-    return _read_pickle(path, archive)[1]
-
-
-def _unpickled(path: Path, archive: zipfile.ZipFile) -> Any:
-    return _read_pickle(path, archive)[0]
-
 
 def _checkpoint_config(path: Path, archive: zipfile.ZipFile) -> dict[str, Any]:
-    content = _unpickled(path, archive)
+    content = plain_data(path, archive)
     try:
         return content["hyper_parameters"]["info_dict"]["training_module"]["model"]
     except (KeyError, TypeError) as error:
         old = "config" in content or "model_builders" in content
         raise ModelError(
             f"{path} is not a checkpoint of nequip 0.7 or newer: it lacks {error}.",
-            "nequip-deploy of the version that made it gives a .pth that can be used." if old else _WANTED,
+            "nequip-deploy of the version that made it gives a .pth that can be used." if old else WANTED,
         ) from error
 
 
@@ -370,7 +248,7 @@ def _metadata(archive: zipfile.ZipFile) -> dict[str, str]:
     found: dict[str, str] = {}
     for name in archive.namelist():
         if "/data/aotinductor/" in name and name.endswith("_metadata.json"):
-            found |= json.loads(_text(archive, name))
+            found |= json.loads(text_of(archive, name))
     return found
 
 
@@ -412,7 +290,7 @@ def _extras(archive: zipfile.ZipFile) -> dict[str, str]:
     for name in archive.namelist():
         folder, _, key = name.partition("/")[2].rpartition("/")
         if folder == "extra":
-            found[key] = _text(archive, name).decode("utf-8")
+            found[key] = text_of(archive, name).decode("utf-8")
     return found
 
 
