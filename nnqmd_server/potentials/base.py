@@ -89,7 +89,6 @@ class Potential(Protocol):
     # Optional: `together` (bool, True where it is missing) says that a batch costs less than its structures
     # one by one, so that simulations are merged for it. `spent` (seconds in "lists", "copies" and "model"
     # until now) with `timing` (set: wait for the device after each) gives `nnqmd bench` its shares.
-    # one by one, so that simulations are merged for it.
     # Optional: `warm_up()` does its first-call work, where a lattice of its elements is not what it can do.
 
     def evaluate(self, structures: Structures) -> Results:
