@@ -88,6 +88,30 @@ def test_what_the_device_makes_goes_where_it_belongs(there, monkeypatch):
     assert len(asked) == 3  # few structures have kept lists
 
 
+def test_what_does_not_work_there_is_left_alone(monkeypatch, caplog):
+    """Said once; the process then has kept lists. Memory that is short is somebody else's to handle."""
+    monkeypatch.setattr(device_lists, "_given_up", [])
+    monkeypatch.setattr(device_lists, "usable", lambda device: not device_lists._given_up)
+    asked = []
+
+    def fails(*_):
+        asked.append(1)
+        raise torch.OutOfMemoryError("full") if len(asked) == 1 else RuntimeError("no such driver")
+
+    monkeypatch.setattr(device_lists, "fresh_edges_on_device", fails)
+    batch, lists = mixed(1), Lists(5.0)
+    with pytest.raises(torch.OutOfMemoryError):
+        edges_on_device(batch, lists, HERE)
+    for _ in range(2):
+        edges, _, counts = edges_on_device(batch, lists, HERE)
+        wanted = Lists(5.0).edges(batch)
+        assert counts.tolist() == [e.shape[1] for e, _ in wanted]
+        assert np.array_equal(edges, of_batch(batch, wanted)[0])
+    assert len(asked) == 2
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "no such driver" in caplog.text
+
+
 @pytest.mark.peer
 @pytest.mark.parametrize("cutoff", [1.5, 5.0, 7.0])  # thin and crystal are smaller than the last
 def test_edges_of_nvalchemi_are_those_of_kept_lists(there, cutoff):

@@ -9,6 +9,7 @@ Not run on a GPU: the kernels are Warp's, which compiles them for CPUs too, and 
 
 from __future__ import annotations
 
+import logging
 from importlib.util import find_spec
 
 import numpy as np
@@ -19,12 +20,22 @@ from nnqmd_server.structures import Array, Structures
 MANY = 8
 """Structures of a batch from which on this is used; fewer have kept lists."""
 
+log = logging.getLogger("nnqmd.worker")
+
+_given_up: list[str] = []  # why, if so
+
 _GUARD = 1e-6  # for the round-off of its distances; what is within the cutoff is decided here [Angstrom]
 
 
 def usable(device: torch.device) -> bool:
-    """Whether lists are made on a device: on a GPU, where nvalchemi-toolkit-ops is installed."""
-    return device.type == "cuda" and find_spec("nvalchemiops") is not None
+    """Whether lists are made on a device: on a GPU, where nvalchemi-toolkit-ops is installed and works."""
+    return device.type == "cuda" and not _given_up and find_spec("nvalchemiops") is not None
+
+
+def give_up(error: Exception) -> None:
+    """Make no more lists on devices in this process, which then has kept ones as without the package."""
+    _given_up.append(repr(error))
+    log.warning("lists are made on the host: nvalchemi-toolkit-ops failed on the GPU: %.500r", error)
 
 
 def fresh_edges_on_device(

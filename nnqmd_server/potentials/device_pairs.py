@@ -72,10 +72,15 @@ def edges_on_device(
     for which, _, _ in chosen:
         left[which] = False
     if left.any():
-        for what, more in zip(
-            (edges, shifts, owners), _made_there(structures, left, lists, device), strict=True
-        ):
-            what.append(more)
+        try:
+            more = _made_there(structures, left, lists, device)
+        except torch.OutOfMemoryError:
+            raise  # the pool halves the share
+        except Exception as error:  # noqa: BLE001 - what a GPU or its driver lacks shows here
+            device_lists.give_up(error)
+            return edges_on_device(structures, lists, device)
+        for known, new in zip((edges, shifts, owners), more, strict=True):
+            known.append(new)
     if not owners:
         none = torch.empty((2, 0), dtype=torch.int64, device=device)
         no_shifts = torch.empty((0, 3), dtype=torch.float64, device=device)
