@@ -22,11 +22,12 @@ SCHEDULES = ("cosine", "plateau", "constant")
 
 @dataclass(frozen=True)
 class SplitChoice:
-    """How frames are divided, within every run."""
+    """How frames are divided, within every run; runs of fewer than ``join_below`` frames count as one."""
 
     group: str = "config_type"
     validation: float = 0.1
     test: float = 0.16
+    join_below: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,12 @@ class Optimization:
 class TrainingConfig:
     """One training, as its YAML file says it; units in the shipped example.
 
-    ``notes`` and ``not_for`` are sentences for the model card that no program can know.
+    ``data`` are one or several files, read one after the other. ``notes`` and ``not_for`` are sentences
+    for the model card that no program can know.
     """
 
     name: str
-    data: Path
+    data: tuple[Path, ...]
     elements: tuple[str, ...]
     max_force: float | None = None
     device: str = "auto"
@@ -136,7 +138,9 @@ def read_config(path: Path) -> TrainingConfig:
         files = {name: getattr(wannier, name) for name in ("centres", "backbone")}
         found = {name: (path.parent / file).resolve() for name, file in files.items() if file is not None}
         wannier = replace(wannier, **found)
-    return replace(config, data=(path.parent / config.data).resolve(), wannier=wannier)
+    return replace(
+        config, data=tuple((path.parent / file).resolve() for file in config.data), wannier=wannier
+    )
 
 
 def plain(config: TrainingConfig) -> TrainingConfig:
@@ -408,6 +412,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             raise ValueError(value)
         if getattr(kind, "__origin__", None) is dict:
             return {_text(k): float(v) for k, v in value.items()}
+        if kind == tuple[Path, ...]:  # one file needs no brackets
+            return tuple(Path(_text(v)) for v in ([value] if isinstance(value, str) else value))
         if getattr(kind, "__origin__", None) is tuple and not isinstance(value, str):
             return tuple(_text(v) for v in value)
         return kind(value)
@@ -469,6 +475,12 @@ def _validate(config: TrainingConfig) -> None:
         "validation and test are fractions of each run that leave something to train on.",
         "Use 0.1 and 0.16, for instance.",
     )
+    require(
+        len(config.data) == len(set(config.data)) > 0,
+        "data names no file, or one of them twice.",
+        "Give each file once.",
+    )
+    require(parts.join_below >= 0, "join_below cannot be negative.", "0 joins no runs.")
     require(
         all(aim > 0 for aim in vars(config.loss).values()),
         "Errors under `loss` must be positive.",

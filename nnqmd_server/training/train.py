@@ -97,7 +97,7 @@ def prepare(
             f"{directory} is not empty.",
             "Continue the training there with --resume, or choose another --out.",
         )
-    frames = data.read_frames(config.data)
+    frames = [frame for file in config.data for frame in data.read_frames(file)]
     if config.wannier and config.wannier.centres:
         frames = assign_centres(frames, read_centres(config.wannier.centres), config.wannier.carriers)
     data.check(frames, config.elements, config.carriers)
@@ -111,7 +111,7 @@ def prepare(
         data.write_sets(frames, parts, directory, config.carriers, config.split.group)
         shutil.copy(config_path, directory / "training.yaml")
         (directory / "config.yaml").write_text(_as_yaml(config, directory))
-        split = {"data_sha256": file_hash(config.data), **asdict(parts), "left_out": left_out}
+        split = {"data": _data_files(config), **asdict(parts), "left_out": left_out}
         (directory / "split.json").write_text(json.dumps(split, indent=1) + "\n")
     except OSError as error:
         raise OutputError(f"{directory} cannot be written: {error}", "Choose another --out.") from error
@@ -246,15 +246,20 @@ def describe(plan: Plan, epochs: Sequence[Epoch]) -> dict[str, Any]:
     plot_learning_curve(epochs, plan.directory / "learning_curve.png")
     split = json.loads((plan.directory / "split.json").read_text())
     numbers = {name: split[name] for name in ("train", "validation", "test", "left_out")}
-    card = build_card(plan.config, plan.directory, plan.package, epochs, split["data_sha256"], numbers)
+    card = build_card(plan.config, plan.directory, plan.package, epochs, split["data"], numbers)
     write_card(card, plan.directory)
     return card
 
 
+def _data_files(config: TrainingConfig) -> list[dict[str, str]]:
+    """The data files, for the card and to know them again."""
+    return [{"file": file.name, "sha256": file_hash(file)} for file in config.data]
+
+
 def _split(config: TrainingConfig, frames: Sequence[Atoms], kept: Sequence[int]) -> data.Split:
-    """The split of the kept frames, in frame numbers of the whole file."""
+    """The split of the kept frames, in frame numbers of all files one after the other."""
     groups = data.groups_of([frames[k] for k in kept], config.split.group)
-    parts = data.split(groups, config.split.validation, config.split.test)
+    parts = data.split(groups, config.split.validation, config.split.test, config.split.join_below)
     return data.Split(*(tuple(kept[k] for k in part) for part in (parts.train, parts.validation, parts.test)))
 
 
@@ -293,11 +298,12 @@ def _check_unchanged(plan: Plan) -> None:
             f"The configuration differs from the one that the training in {plan.directory} began with.",
             "Put it back (training.yaml there is a copy; mind --epochs), or train afresh in another --out.",
         )
-    begun_with = json.loads((plan.directory / "split.json").read_text())["data_sha256"]
-    if file_hash(plan.config.data) != begun_with:
+    begun_with = json.loads((plan.directory / "split.json").read_text())["data"]
+    if _data_files(plan.config) != begun_with:
+        names = ", ".join(map(str, plan.config.data))
         raise DataError(
-            f"{plan.config.data} has changed since the training in {plan.directory} began.",
-            "Put the file back, or train afresh in another --out.",
+            f"The data have changed since the training in {plan.directory} began: {names}.",
+            "Put the files back, or train afresh in another --out.",
         )
 
 
