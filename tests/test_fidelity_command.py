@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,60 @@ def test_the_command_measures_fits_draws_and_adds_to_what_is_there(tmp_path):
     low, high = found["beta_intervals"][1]["low"], found["beta_intervals"][1]["high"]
     assert low < found["fit"]["beta"] < high
     assert (tmp_path / "fidelity.svg").stat().st_size > 5000
+
+
+def _rows(study: Path, seed: int) -> dict[int, list[float]]:
+    """What i-PI printed in all pieces of a simulation, by step; what was done twice must be the same."""
+    found: dict[int, list[float]] = {}
+    for table in sorted(study.glob(f"simulations/*-seed{seed}*/piece-*/run.out")):
+        text = table.read_text()
+        for line in text.splitlines()[: text.count("\n")]:  # the last one may be half
+            if line[:1] != "#":
+                row = [float(word) for word in line.split()]
+                assert row == pytest.approx(found.setdefault(int(row[0]), row), rel=1e-6)
+    return found
+
+
+@pytest.mark.slow
+def test_a_command_that_is_killed_goes_on_where_it_was(tmp_path):
+    """SIGKILL in the second of three simulations: none is lost, done again, or ends otherwise."""
+    arguments = [sys.executable, "-m", "nnqmd_server", "fidelity", POTENTIAL, "--structure", CELL]
+    arguments += ["--sizes", "16", "--steps", "900", "--temperature", "50", "--temperature-window", "1e9"]
+    arguments += ["--distance-factor", "0.01", "--max-jump", "1e6", "--workers", "1", "--parallel", "1"]
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    results = cut / "results.jsonl"
+    killed = subprocess.Popen([*arguments, "--seeds", "3", "--out", str(cut)], stdout=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 300
+        while not any(step >= 550 for step in _rows(cut, 2)):  # i-PI writes a checkpoint every 500 steps
+            assert killed.poll() is None, "ended before it could be killed"
+            assert time.monotonic() < end
+            time.sleep(0.05)
+    finally:
+        killed.kill()
+        killed.wait()
+    before = results.read_text()
+    assert before.count("\n") == 1
+
+    def go(*more):
+        done = subprocess.run([*arguments, *more], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr + done.stdout
+
+    go("--seeds", "3", "--out", str(cut))
+    go("--seeds", "1", "--seed", "2", "--out", str(whole))
+    after = results.read_text()
+    assert after.startswith(before)
+    ends = [json.loads(line) for line in after.splitlines()]
+    assert [(end["seed"], end["steps"], end["failed"]) for end in ends] == [
+        (seed, 900, False) for seed in (1, 2, 3)
+    ]
+    pieces = [sorted(cut.glob(f"simulations/*-seed{seed}*/piece-*")) for seed in (1, 2, 3)]
+    assert [len(each) for each in pieces] == [1, 2, 1]
+    assert "<step>500</step>" in (pieces[1][1] / "input.xml").read_text().replace(" ", "")
+    once, twice = _rows(whole, 2), _rows(cut, 2)
+    assert once.keys() == twice.keys() == set(range(0, 901, 10))
+    for step, row in twice.items():
+        assert row == pytest.approx(once[step], rel=1e-6), step
 
 
 @pytest.mark.parametrize(
