@@ -471,6 +471,29 @@ def test_several_data_files_are_read_one_after_the_other(tmp_path):
         read_config(write_config(tmp_path / "c.yaml", data=["one.xyz", "one.xyz"]))
 
 
+def test_frames_without_centroids_train_the_rest_alone():
+    from nnqmd_server.training.loss import PartialMeanSquaredError
+
+    frames = [labelled(k) for k in range(3)]
+    bare = labelled()
+    bare.positions[0] += 0.01
+    del bare.arrays["wannier_centroid"]
+    with pytest.raises(DataError, match=r"wannier\.optional"):
+        data.check([*frames, bare], ["N", "H"], ["N"])
+    data.check([*frames, bare], ["N", "H"], ["N"], optional=True)
+    with pytest.raises(DataError, match="no wannier_centroid"):
+        data.check([bare], ["N", "H"], ["N"], optional=True)
+    assert check_sizes([bare], [0], ["N"]) is None
+    prepared = data.prepare(bare, ["N"])
+    assert np.isnan(prepared.arrays["wannier_centroid"]).all()
+    nothing = torch.zeros(0, requires_grad=True)
+    term = PartialMeanSquaredError()
+    (3 * term(nothing, torch.zeros(0))).backward()  # a batch of such frames alone
+    assert term(nothing, torch.zeros(0)) == 0
+    assert term(torch.tensor([2.0, 4.0]), torch.zeros(2)) == 10
+    assert term.compute() == 10
+
+
 def test_prepared_frames_carry_only_what_is_trained():
     frame = labelled()
     frame.info["dipole"] = np.ones(3)

@@ -35,13 +35,14 @@ class Wannier:
     """Wannier centroids: what carries them, and the ion charges that make dipoles of them.
 
     ``centres`` is a file with all centres (atoms X in the same frames); they are then assigned to the
-    carriers. ``backbone`` is a trained model whose network stays as it is while the read-out alone is
-    trained.
+    carriers. With ``optional``, frames without centroids train the rest alone. ``backbone`` is a trained
+    model whose network stays as it is while the read-out alone is trained.
     """
 
     carriers: dict[str, float]
     ion_charges: dict[str, float]
     hidden_width: int = 32
+    optional: bool = False
     centres: Path | None = None
     backbone: Path | None = None
 
@@ -358,8 +359,14 @@ def _loss_terms(config: TrainingConfig) -> list[dict[str, Any]]:
             "name": f"{name}_mse",
             "field": quantity,
             "coeff": aim**-2,
-            "metric": {"_target_": "nequip.train.MeanSquaredError"},
-            **({"ignore_nan": True} if name == "wannier_centroid" else {}),
+            **(
+                {
+                    "metric": {"_target_": "nnqmd_server.training.loss.PartialMeanSquaredError"},
+                    "ignore_nan": True,
+                }
+                if name == "wannier_centroid"
+                else {"metric": {"_target_": "nequip.train.MeanSquaredError"}}
+            ),
         }
         for name, quantity, aim in _fields(config)
     ]

@@ -50,7 +50,9 @@ def read_frames(path: Path) -> list[Atoms]:
     return frames
 
 
-def check(frames: Sequence[Atoms], elements: Sequence[str], carriers: Iterable[str] = ()) -> None:
+def check(
+    frames: Sequence[Atoms], elements: Sequence[str], carriers: Iterable[str] = (), optional: bool = False
+) -> None:
     """Refuse frames that would spoil a training, all bad frames of a kind at once.
 
     Parameters
@@ -61,6 +63,8 @@ def check(frames: Sequence[Atoms], elements: Sequence[str], carriers: Iterable[s
         Chemical symbols that the network will know.
     carriers
         Elements whose atoms carry a Wannier centroid; empty if none is trained.
+    optional
+        Some frames may have no centroids.
 
     Raises
     ------
@@ -85,10 +89,12 @@ def check(frames: Sequence[Atoms], elements: Sequence[str], carriers: Iterable[s
             "Label these frames, or remove them. extxyz needs the keys energy, forces and stress.",
         )
     if carriers:
+        without = [k for k, frame in enumerate(frames) if WANNIER_CENTROID not in frame.arrays]
         refuse(
-            [k for k, frame in enumerate(frames) if WANNIER_CENTROID not in frame.arrays],
+            [] if optional and len(without) < len(frames) else without,
             f"no {WANNIER_CENTROID}",
-            "Add this array (3 columns, Angstrom, relative to its atom), or remove the section `wannier`.",
+            "Add this array (3 columns, Angstrom, relative to its atom), or remove the section `wannier`; "
+            "with `wannier.optional: true` some frames may be without.",
         )
     refuse(
         [k for k, frame in enumerate(frames) if not _all_finite(frame, carriers)],
@@ -190,7 +196,7 @@ def prepare(frame: Atoms, carriers: Iterable[str] = (), group: str = "config_typ
     """A frame with the labels that nequip is to see, the run it belongs to, and nothing else.
 
     Other keys go: nequip would take ``dipole``, ``charges`` and the like as its own fields.
-    Atoms that carry no centroid get NaN, which the loss leaves out.
+    Atoms that carry no centroid, or have no label of it, get NaN, which the loss leaves out.
     """
     bare = Atoms(frame.numbers, frame.positions, cell=frame.cell, pbc=True)
     bare.info = {k: frame.info[k] for k in (group, "source_id") if k in frame.info}
@@ -198,7 +204,8 @@ def prepare(frame: Atoms, carriers: Iterable[str] = (), group: str = "config_typ
     bare.calc = SinglePointCalculator(bare, **{label: results[label] for label in LABELS})
     carriers = tuple(carriers)
     if carriers:
-        centroids = np.array(frame.arrays[WANNIER_CENTROID], dtype=float)
+        given = frame.arrays.get(WANNIER_CENTROID, np.full((len(frame), 3), np.nan))
+        centroids = np.array(given, dtype=float)
         centroids[~np.isin(frame.get_chemical_symbols(), carriers)] = np.nan
         bare.set_array(WANNIER_CENTROID, centroids)
     return bare
@@ -225,7 +232,7 @@ def _results(frame: Atoms) -> Mapping[str, np.ndarray]:
 def _all_finite(frame: Atoms, carriers: tuple[str, ...]) -> bool:
     results = _results(frame)
     arrays = [frame.positions, frame.cell.array, *(np.asarray(results[label]) for label in LABELS)]
-    if carriers:
+    if carriers and WANNIER_CENTROID in frame.arrays:
         arrays.append(frame.arrays[WANNIER_CENTROID][np.isin(frame.get_chemical_symbols(), carriers)])
     return all(np.isfinite(array).all() for array in arrays)
 

@@ -100,7 +100,8 @@ def prepare(
     frames = [frame for file in config.data for frame in data.read_frames(file)]
     if config.wannier and config.wannier.centres:
         frames = assign_centres(frames, read_centres(config.wannier.centres), config.wannier.carriers)
-    data.check(frames, config.elements, config.carriers)
+    optional = config.wannier is not None and config.wannier.optional
+    data.check(frames, config.elements, config.carriers, optional)
     kept, left_out = data.filter_forces(frames, config.max_force)
     check_sizes([frames[k] for k in kept], kept, config.carriers)
     parts = _split(config, frames, kept)
