@@ -76,6 +76,7 @@ def test_errors_of_a_model_on_new_frames_are_printed(evaluate, tmp_path):
     frames[0].calc.results["forces"][3, 1] += 1.0
     for frame in frames:
         frame.set_array("wannier_centroid", np.zeros((len(frame), 3)))
+    del frames[1].arrays["wannier_centroid"]
     write(tmp_path / "labels.xyz", frames, format="extxyz", parallel=False)
     json_file = tmp_path / "errors.json"
     args = [

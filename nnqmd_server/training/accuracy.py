@@ -24,7 +24,7 @@ def errors_on(potential: Potential, frames: Sequence[Atoms], groups: Sequence[st
         What is judged.
     frames
         Frames with energy [eV], forces [eV/Angstrom], stress [eV/Angstrom^3] and, if the potential gives
-        them, Wannier centroids [Angstrom].
+        them, Wannier centroids [Angstrom]; frames without these (or with NaN) are left out there.
     groups
         The run of every frame.
 
@@ -79,7 +79,8 @@ def _centroid_errors(
 ) -> dict[str, Any]:
     carriers, charges = potential.card.carriers or {}, potential.card.ion_charges or {}
     carrier = np.isin(symbols, list(carriers))
-    labels = np.concatenate([frame.arrays[WANNIER_CENTROID] for frame in frames])
+    none = {len(frame): np.full((len(frame), 3), np.nan) for frame in frames}
+    labels = np.concatenate([frame.arrays.get(WANNIER_CENTROID, none[len(frame)]) for frame in frames])
     labelled = carrier & np.isfinite(labels).all(axis=1)
     predicted, true, first = [], [], 0
     for frame in frames:
