@@ -780,8 +780,37 @@ def test_a_read_out_on_a_frozen_backbone_leaves_energy_and_forces_alone(tmp_path
     assert float(other["wannier_centroid"].detach().abs().max()) > 0
 
     wrong = TINY | {"wannier": wannier, "network": TINY["network"] | {"cutoff": 3.0}}
-    with pytest.raises(InputError, match=r"backbone .* has r_max 3\.5"):
+    with pytest.raises(InputError, match=r"best\.ckpt has r_max 3\.5"):
         train.prepare(write_config(tmp_path / "c.yaml", **wrong), tmp_path / "c")
+
+
+def test_a_training_begins_with_the_weights_of_another(tmp_path, monkeypatch):
+    from nequip.model.saved_models.load_utils import load_saved_model
+
+    from nnqmd_server.training import train
+
+    write(tmp_path / "frames.xyz", [sensible(k) for k in range(8)], format="extxyz")
+    run = train.prepare(write_config(tmp_path / "a.yaml", **TINY), tmp_path / "a").directory
+    run_nequip(run, monkeypatch)
+    write(tmp_path / "frames.xyz", [sensible(20 + k) for k in range(8)], format="extxyz")
+    still = TINY | {"training": {"epochs": 1, "learning_rate": 1e-300}}  # what it began with comes out again
+    config = write_config(tmp_path / "b.yaml", **still)
+    plan = train.prepare(config, tmp_path / "b", start=run / "best.ckpt")
+    run_nequip(plan.directory, monkeypatch)
+    old, new = (load_saved_model(folder / "best.ckpt") for folder in (run, plan.directory))
+    weights = dict(new.named_parameters())
+    assert any("wannier" in name for name in weights)
+    for name, weight in old.named_parameters():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-14, atol=1e-14, msg=name)
+    frame = ChemicalSpeciesToAtomTypeMapper(["N", "H"])(from_ase(ammonia(5)))
+    graph = compute_neighborlist_(frame, TINY["network"]["cutoff"])
+    one, other = old(graph.copy()), new(graph.copy())
+    for key in ("total_energy", "forces", "wannier_centroid"):  # statistics of the first data, too
+        torch.testing.assert_close(one[key], other[key], rtol=1e-12, atol=1e-12, msg=key)
+
+    both = TINY | {"start": "a/best.ckpt", "wannier": TINY["wannier"] | {"backbone": "a/best.ckpt"}}
+    with pytest.raises(InputError, match="neither `start`"):
+        read_config(write_config(tmp_path / "c.yaml", **both))
 
 
 def test_matrix_products_give_what_allegros_own_products_give(graphs):

@@ -93,6 +93,7 @@ class Optimization:
 class TrainingConfig:
     """One training, as its YAML file says it; units in the shipped example.
 
+    ``start`` is a trained model of the same sizes whose weights are where this training begins.
     ``data`` are one or several files, read one after the other. ``notes`` and ``not_for`` are sentences
     for the model card that no program can know.
     """
@@ -100,6 +101,7 @@ class TrainingConfig:
     name: str
     data: tuple[Path, ...]
     elements: tuple[str, ...]
+    start: Path | None = None
     max_force: float | None = None
     device: str = "auto"
     processes: int = 1
@@ -139,9 +141,9 @@ def read_config(path: Path) -> TrainingConfig:
         files = {name: getattr(wannier, name) for name in ("centres", "backbone")}
         found = {name: (path.parent / file).resolve() for name, file in files.items() if file is not None}
         wannier = replace(wannier, **found)
-    return replace(
-        config, data=tuple((path.parent / file).resolve() for file in config.data), wannier=wannier
-    )
+    start = None if config.start is None else (path.parent / config.start).resolve()
+    files = tuple((path.parent / file).resolve() for file in config.data)
+    return replace(config, data=files, start=start, wannier=wannier)
 
 
 def plain(config: TrainingConfig) -> TrainingConfig:
@@ -275,6 +277,8 @@ def _training_module(config: TrainingConfig, epochs: int, statistics: Mapping[st
     validation = {"_target_": "nequip.train.MetricsManager", "metrics": _validation_metrics(config)}
     kind = "nnqmd_server.training.sam.EMASAMLightningModule"
     frozen = {}
+    if config.start:
+        kind, frozen = "nnqmd_server.training.frozen.StartedModule", {"backbone": "backbone.pt"}
     if config.wannier and config.wannier.backbone:
         kind, frozen = "nnqmd_server.training.frozen.FrozenBackboneModule", {"backbone": "backbone.pt"}
     return {
@@ -503,4 +507,9 @@ def _validate(config: TrainingConfig) -> None:
             set(config.wannier.carriers) <= set(config.elements) and len(config.wannier.carriers) > 0,
             f"carriers must be some of the elements {list(config.elements)}.",
             "Give the electrons of every carrier, such as {N: 8}.",
+        )
+        require(
+            not (config.wannier.backbone and (config.start or config.wannier.optional)),
+            "A read-out is trained alone: `backbone` goes with neither `start` nor `optional`.",
+            "Remove the one or the other.",
         )

@@ -59,6 +59,7 @@ def prepare(
     epochs: int | None = None,
     resume: bool = False,
     without_sam: bool = False,
+    start: Path | None = None,
 ) -> Plan:
     """Check configuration and data, and lay out the run directory.
 
@@ -74,6 +75,8 @@ def prepare(
         Continue the training that the directory holds.
     without_sam
         Train plainly, whatever rho the configuration has.
+    start
+        Begin with the weights of this model, whatever the configuration says.
 
     Raises
     ------
@@ -83,6 +86,8 @@ def prepare(
     config = read_config(config_path)
     if without_sam:
         config = plain(config)
+    if start is not None:
+        config = replace(config, start=start.resolve())
     if epochs is not None:
         if epochs < 1:
             raise InputError(f"{epochs} epochs cannot be trained.", "Ask for 1 or more.")
@@ -107,8 +112,9 @@ def prepare(
     parts = _split(config, frames, kept)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        if config.wannier and config.wannier.backbone:
-            _take_backbone(config, directory)
+        trained = config.wannier.backbone if config.wannier and config.wannier.backbone else config.start
+        if trained:
+            _take_backbone(config, trained, directory)
         data.write_sets(frames, parts, directory, config.carriers, config.split.group)
         shutil.copy(config_path, directory / "training.yaml")
         (directory / "config.yaml").write_text(_as_yaml(config, directory))
@@ -264,12 +270,10 @@ def _split(config: TrainingConfig, frames: Sequence[Atoms], kept: Sequence[int])
     return data.Split(*(tuple(kept[k] for k in part) for part in (parts.train, parts.validation, parts.test)))
 
 
-def _take_backbone(config: TrainingConfig, directory: Path) -> None:
+def _take_backbone(config: TrainingConfig, trained: Path, directory: Path) -> None:
     from nnqmd_server.training.frozen import save_backbone
 
-    assert config.wannier is not None
-    assert config.wannier.backbone is not None
-    found, statistics = save_backbone(config.wannier.backbone, directory / "backbone.pt")
+    found, statistics = save_backbone(trained, directory / "backbone.pt", trained == config.start)
     (directory / STATISTICS).write_text(json.dumps(statistics, indent=1) + "\n")
     wanted = {
         "type_names": " ".join(config.elements),
@@ -280,7 +284,7 @@ def _take_backbone(config: TrainingConfig, directory: Path) -> None:
         theirs = float(found[name]) if name == "r_max" else found[name]
         if theirs != value:
             raise InputError(
-                f"The backbone {config.wannier.backbone} has {name} {theirs}, this configuration {value}.",
+                f"The trained model {trained} has {name} {theirs}, this configuration {value}.",
                 "Under `network` and `elements` give what the backbone was trained with (its card says it).",
             )
 
