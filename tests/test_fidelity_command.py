@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,51 @@ def test_the_command_measures_fits_draws_and_adds_to_what_is_there(tmp_path):
     low, high = found["beta_intervals"][1]["low"], found["beta_intervals"][1]["high"]
     assert low < found["fit"]["beta"] < high
     assert (tmp_path / "fidelity.svg").stat().st_size > 5000
+
+
+def _rows(study: Path, seed: int) -> dict[int, list[float]]:
+    """What i-PI printed in all pieces of a simulation, by step; what was done twice must be the same."""
+    found: dict[int, list[float]] = {}
+    for table in sorted(study.glob(f"simulations/*-seed{seed}*/piece-*/run.out")):
+        text = table.read_text()
+        for line in text.splitlines()[: text.count("\n")]:  # the last one may be half
+            if line[:1] != "#":
+                row = [float(word) for word in line.split()]
+                assert row == pytest.approx(found.setdefault(int(row[0]), row), rel=1e-6)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_command_that_is_killed_goes_on_where_it_was(tmp_path):
+    """SIGKILL in the second of two simulations: none is lost, none done again, and the steps are the same."""
+    arguments = [sys.executable, "-m", "nnqmd_server", "fidelity", POTENTIAL, "--structure", CELL]
+    arguments += ["--sizes", "16", "--seeds", "2", "--steps", "600", "--temperature", "50"]
+    arguments += ["--temperature-window", "1e9", "--distance-factor", "0.01", "--max-jump", "1e6"]
+    arguments += ["--workers", "1", "--parallel", "1", "--out", str(tmp_path)]
+    results = tmp_path / "results.jsonl"
+    killed = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 500
+        while not any(step >= 530 for step in _rows(tmp_path, 2)):  # there is a checkpoint every 500 steps
+            assert killed.poll() is None, "ended before it could be killed"
+            assert time.monotonic() < end
+            time.sleep(0.05)
+    finally:
+        killed.kill()
+        killed.wait()
+    before = results.read_text()
+    assert before.count("\n") == 1
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr + done.stdout
+    after = results.read_text()
+    assert after.startswith(before)
+    ends = [json.loads(line) for line in after.splitlines()]
+    assert [(end["seed"], end["steps"], end["failed"]) for end in ends] == [(1, 600, False), (2, 600, False)]
+    pieces = [sorted(tmp_path.glob(f"simulations/*-seed{seed}*/piece-*")) for seed in (1, 2)]
+    assert [len(each) for each in pieces] == [1, 2]
+    assert min(np.loadtxt(pieces[1][1] / "run.out")[:, 0]) >= 500
+    assert _rows(tmp_path, 2).keys() == set(range(0, 601, 10))  # 500 to 530 twice, and the same
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Readers of labelled data: units, signs, refusals, and Wannier centres from densities."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from typer.testing import CliRunner
 
 from nnqmd_server.cli import app
 from nnqmd_server.errors import DataError, InputError
-from nnqmd_server.labels import centres, cp2k_output
+from nnqmd_server.labels import centres, cp2k_input, cp2k_output, cp2k_run
+from nnqmd_server.labels.codes import Cp2k
 from nnqmd_server.labels.convert import Reading, read_files
 from nnqmd_server.labels.extxyz import parse_units
 from nnqmd_server.training import data as training
@@ -195,6 +197,33 @@ def test_a_grid_that_overlaps_itself_is_refused(tmp_path):
     cube_of(atoms, atoms.positions[0], path, cell=atoms.cell.array * [[76 / 75], [1], [1]])
     with pytest.raises(DataError, match="does not fill the cell once"):
         centres.centres_of_cubes([path], atoms)
+
+
+def test_an_odd_grid_is_written_again_and_whole(tmp_path, monkeypatch):
+    """The second run of CP2K appends to the centres that the first one printed."""
+    atoms = ammonia_box()
+    place = atoms.positions[0] + [0.1, 0.2, 0.3]
+    strides = []
+
+    def run(code, folder, name, text):
+        strides.append(int(re.search(r"STRIDE (\d)", text)[1]))
+        cell = atoms.cell.array * [[76 / 75], [1], [1]] if strides[-1] == 2 else None
+        cube_of(atoms, place, folder / "wannier-w_w1_s1-1_0.cube", cell=cell)
+        rows = [f"{s} {x:.10f} {y:.10f} {z:.10f}" for s, (x, y, z) in zip(
+            [*atoms.symbols, "X"], [*atoms.positions, place], strict=True)]  # fmt: skip
+        with (folder / "wannier-wan.xyz").open("a") as file:
+            file.write("\n".join([str(len(rows)), "", *rows]) + "\n")
+        (folder / "wannier.out").write_text(" Localization  for spin   1 converged in  10 iterations\n")
+        return folder / "wannier.out"
+
+    monkeypatch.setattr(cp2k_run, "_run", run)
+    text = cp2k_input.shipped(cp2k_input.WANNIER)
+    code = Cp2k(("cp2k",), "2023.1", "", text, None, ("N",))
+    first = cp2k_input.wannier_input(text, atoms, "wannier", 2)
+    (found,) = cp2k_run._centres(atoms, tmp_path, code, first)
+    assert strides == [2, 1]
+    away = (found - place) @ np.linalg.inv(atoms.cell.array)
+    assert np.abs((away - np.round(away)) @ atoms.cell.array).max() < 5e-4
 
 
 def test_an_orbital_without_norm_one_is_refused(tmp_path):

@@ -428,6 +428,74 @@ def test_a_run_too_short_to_split_is_named():
         data.split(["a"] * 9 + ["b"] * 2, 0.1, 0.16)
 
 
+def test_short_runs_are_split_together_and_long_ones_as_ever():
+    groups = ["long"] * 10 + [name for name in "abcdefg" for _ in range(4)]
+    parts = data.split(groups, 0.1, 0.16, join_below=5)
+    alone = data.split(groups[:10], 0.1, 0.16)
+    assert sorted([*parts.train, *parts.validation, *parts.test]) == list(range(38))
+    assert [k for k in parts.test if k < 10] == list(alone.test)
+    assert [k for k in parts.validation if k < 10] == list(alone.validation)
+    of_short = [groups[k] for k in parts.test if k >= 10]
+    assert len(of_short) == 4  # 16 % of 28
+    assert len(set(of_short)) == 4
+    assert len({groups[k] for k in parts.validation if k >= 10}) == 3
+    assert {groups[k] for k in parts.train} == set(groups)
+    with pytest.raises(DataError, match="join_below"):
+        data.split(groups, 0.1, 0.7, join_below=0)
+
+
+def test_several_data_files_are_read_one_after_the_other(tmp_path):
+    from nnqmd_server.training.train import prepare
+
+    frames = data.read_frames(read_config(SHIPPED).data[0])
+    for name, part in (("one.xyz", frames[:12]), ("two.xyz", frames[12:18])):
+        for k, frame in enumerate(part):
+            frame.info["config_type"] = name if name == "one.xyz" else f"short {k % 3}"
+        write(tmp_path / name, part, format="extxyz")
+    table = {**TINY, "name": "tiny", "data": ["one.xyz", "two.xyz"], "split": {"join_below": 7}}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(table))
+    plan = prepare(tmp_path / "tiny.yaml", tmp_path / "run")
+    split = json.loads((plan.directory / "split.json").read_text())
+    assert [file["file"] for file in split["data"]] == ["one.xyz", "two.xyz"]
+    assert sorted(split["train"] + split["validation"] + split["test"]) == list(range(18))
+    assert split["test"] == [10, 11, 15]  # the end of the long run, and the middle of the others
+    tested = data.read_frames(plan.directory / "test.xyz")
+    np.testing.assert_allclose(tested[-1].positions, frames[15].positions, atol=1e-7)
+    (plan.directory / "last.ckpt").touch()
+    prepare(tmp_path / "tiny.yaml", tmp_path / "run", resume=True)
+    with (tmp_path / "two.xyz").open("a") as file:
+        file.write("\n")
+    with pytest.raises(DataError, match=r"two\.xyz"):
+        prepare(tmp_path / "tiny.yaml", tmp_path / "run", resume=True)
+    with pytest.raises(InputError, match="twice"):
+        read_config(write_config(tmp_path / "c.yaml", data=["one.xyz", "one.xyz"]))
+
+
+def test_frames_without_centroids_train_the_rest_alone():
+    from nnqmd_server.training.loss import PartialMeanSquaredError
+
+    frames = [labelled(k) for k in range(3)]
+    bare = labelled(9)
+    del bare.arrays["wannier_centroid"]
+    with pytest.raises(DataError, match=r"wannier\.optional"):
+        data.check([*frames, bare], ["N", "H"], ["N"])
+    data.check([*frames, bare], ["N", "H"], ["N"], optional=True)
+    with pytest.raises(DataError, match="no wannier_centroid"):
+        data.check([bare], ["N", "H"], ["N"], optional=True)
+    assert check_sizes([bare], [0], ["N"]) is None
+    prepared = data.prepare(bare, ["N"])
+    assert np.isnan(prepared.arrays["wannier_centroid"]).all()
+    term = PartialMeanSquaredError()
+    weight = torch.ones(4, requires_grad=True)
+    value = term(weight[:0], torch.zeros(0))  # a batch of such frames alone
+    value.backward()
+    assert value == 0
+    assert (weight.grad == 0).all()  # and not None: processes add up their gradients
+    term.reset()
+    assert term(torch.tensor([2.0, 4.0]), torch.zeros(2)) == 10
+    assert term.compute() == 10
+
+
 def test_prepared_frames_carry_only_what_is_trained():
     frame = labelled()
     frame.info["dipole"] = np.ones(3)
@@ -440,7 +508,7 @@ def test_prepared_frames_carry_only_what_is_trained():
 
 def test_shipped_data_split_as_the_card_says():
     config = read_config(SHIPPED)
-    frames = data.read_frames(config.data)
+    frames = data.read_frames(*config.data)
     data.check(frames, config.elements, config.carriers)
     check_sizes(frames, range(len(frames)), config.carriers)
     parts = data.split(data.groups_of(frames, config.split.group), config.split.validation, config.split.test)
@@ -569,7 +637,7 @@ def test_the_shipped_card_tells_the_truth():
     config = read_config(SHIPPED)
     potential = load(package, compiled=False)
     assert potential.card.sha256 == card["model"]["sha256"]
-    frames = data.read_frames(config.data)
+    frames = [frame for file in config.data for frame in data.read_frames(file)]
     test = [frames[k] for k in card["data"]["frames"]["test"]]
     errors = errors_on(potential, test, data.groups_of(test, config.split.group))
     for key in ("energy_meV_per_atom", "forces_meV_per_A", "stress_GPa", "molecular_dipole_D"):
@@ -712,8 +780,37 @@ def test_a_read_out_on_a_frozen_backbone_leaves_energy_and_forces_alone(tmp_path
     assert float(other["wannier_centroid"].detach().abs().max()) > 0
 
     wrong = TINY | {"wannier": wannier, "network": TINY["network"] | {"cutoff": 3.0}}
-    with pytest.raises(InputError, match=r"backbone .* has r_max 3\.5"):
+    with pytest.raises(InputError, match=r"best\.ckpt has r_max 3\.5"):
         train.prepare(write_config(tmp_path / "c.yaml", **wrong), tmp_path / "c")
+
+
+def test_a_training_begins_with_the_weights_of_another(tmp_path, monkeypatch):
+    from nequip.model.saved_models.load_utils import load_saved_model
+
+    from nnqmd_server.training import train
+
+    write(tmp_path / "frames.xyz", [sensible(k) for k in range(8)], format="extxyz")
+    run = train.prepare(write_config(tmp_path / "a.yaml", **TINY), tmp_path / "a").directory
+    run_nequip(run, monkeypatch)
+    write(tmp_path / "frames.xyz", [sensible(20 + k) for k in range(8)], format="extxyz")
+    still = TINY | {"training": {"epochs": 1, "learning_rate": 1e-300}}  # what it began with comes out again
+    config = write_config(tmp_path / "b.yaml", **still)
+    plan = train.prepare(config, tmp_path / "b", start=run / "best.ckpt")
+    run_nequip(plan.directory, monkeypatch)
+    old, new = (load_saved_model(folder / "best.ckpt") for folder in (run, plan.directory))
+    weights = dict(new.named_parameters())
+    assert any("wannier" in name for name in weights)
+    for name, weight in old.named_parameters():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-14, atol=1e-14, msg=name)
+    frame = ChemicalSpeciesToAtomTypeMapper(["N", "H"])(from_ase(ammonia(5)))
+    graph = compute_neighborlist_(frame, TINY["network"]["cutoff"])
+    one, other = old(graph.copy()), new(graph.copy())
+    for key in ("total_energy", "forces", "wannier_centroid"):  # statistics of the first data, too
+        torch.testing.assert_close(one[key], other[key], rtol=1e-12, atol=1e-12, msg=key)
+
+    both = TINY | {"start": "a/best.ckpt", "wannier": TINY["wannier"] | {"backbone": "a/best.ckpt"}}
+    with pytest.raises(InputError, match="neither `start`"):
+        read_config(write_config(tmp_path / "c.yaml", **both))
 
 
 def test_matrix_products_give_what_allegros_own_products_give(graphs):

@@ -60,6 +60,19 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(tmp_path, settings
     assert counts[:2] == same_counts[:2]
 
 
+def test_tensorboards_files_hold_what_the_table_holds(tmp_path, settings):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    table = settings | {"tensorboard": True, "training": {**settings["training"], "epochs": 3}}
+    finish(write_config(tmp_path / "tiny.yaml", **table), "--out", tmp_path / "run")
+    found = events.EventAccumulator(str(tmp_path / "run/tensorboard"))
+    found.Reload()
+    epochs = read_epochs(tmp_path / "run/epochs.csv")
+    for tag, column in (("forces_rmse", "forces_rmse"), ("weighted_sum", "score")):
+        scalars = [event.value for event in found.Scalars(f"val0_epoch/{tag}")]
+        assert scalars == pytest.approx([getattr(epoch, column) for epoch in epochs], rel=1e-6)
+    assert any(tag.startswith("train_loss_step") for tag in found.Tags()["scalars"])
+
+
 def test_two_processes_train_the_same_network_on_both(tmp_path, settings):
     config = write_config(tmp_path / "two.yaml", **(settings | {"processes": 2}))
     finish(config, "--out", tmp_path / "run")

@@ -44,6 +44,12 @@ def train(
         bool,
         typer.Option("--plain", help="Train without sharpness-aware steps (rho = 0), as NAME-plain."),
     ] = False,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            help="Begin with the weights of this trained model of the same sizes.", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Train a network, package it, and write its model card with the errors on data it never saw.
 
@@ -55,14 +61,14 @@ def train(
     from nnqmd_server.training.nequip_config import is_nequip_config
 
     if is_nequip_config(config):
-        if epochs is not None or plain:
+        if epochs is not None or plain or start is not None:
             raise InputError(
-                f"{config} is a configuration of nequip's own, which --epochs and --plain do not change.",
-                "Set trainer.max_epochs, or rho, in it.",
+                f"{config} is a configuration of nequip's own; --epochs, --plain, --start do not change it.",
+                "Set trainer.max_epochs, rho, or what the model is in it.",
             )
         _train_with_nequip(config, out, resume)
         return
-    plan = training.prepare(config, out, epochs, resume, plain)
+    plan = training.prepare(config, out, epochs, resume, plain, start)
     for warning in plan.warnings:
         console.print(f"Warning: {warning}", style="yellow")
     verb = "Continuing in" if plan.resumed else "Training in"

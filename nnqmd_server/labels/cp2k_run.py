@@ -81,6 +81,7 @@ def label(atoms: Atoms, folder: Path, code: Cp2k) -> Atoms:
 
 def _centres(atoms: Atoms, folder: Path, code: Cp2k, text: str) -> centres.Array:
     for stride in STRIDES:
+        (folder / "wannier-wan.xyz").unlink(missing_ok=True)  # CP2K would append
         given = text if stride == STRIDES[0] else wannier_input(code.wannier, atoms, "wannier", stride)
         cp2k_output.check_localisation(_run(code, folder, "wannier", given))
         cubes = cp2k_output.cubes_beside(folder, "wannier-*_w*.cube")

@@ -24,7 +24,7 @@ def errors_on(potential: Potential, frames: Sequence[Atoms], groups: Sequence[st
         What is judged.
     frames
         Frames with energy [eV], forces [eV/Angstrom], stress [eV/Angstrom^3] and, if the potential gives
-        them, Wannier centroids [Angstrom].
+        them, Wannier centroids [Angstrom]; frames without these (or with NaN) are left out there.
     groups
         The run of every frame.
 
@@ -79,18 +79,24 @@ def _centroid_errors(
 ) -> dict[str, Any]:
     carriers, charges = potential.card.carriers or {}, potential.card.ion_charges or {}
     carrier = np.isin(symbols, list(carriers))
-    labels = np.concatenate([frame.arrays[WANNIER_CENTROID] for frame in frames])
+    none = {len(frame): np.full((len(frame), 3), np.nan) for frame in frames}
+    labels = np.concatenate([frame.arrays.get(WANNIER_CENTROID, none[len(frame)]) for frame in frames])
+    labelled = carrier & np.isfinite(labels).all(axis=1)
     predicted, true, first = [], [], 0
     for frame in frames:
         part = slice(first, first + len(frame))
         first += len(frame)
+        if not labelled[part].any():
+            continue
         where = (frame.numbers, frame.positions, frame.cell.array)
         predicted.append(molecular_dipoles(*where, centroids[part], charges, carriers)[0])
         true.append(molecular_dipoles(*where, labels[part], charges, carriers)[0])
+    if not true:
+        return {}
     dipole_error = np.linalg.norm(np.concatenate(predicted) - np.concatenate(true), axis=1) / DEBYE
     dipole_length = np.linalg.norm(np.concatenate(true), axis=1) / DEBYE
-    centroid_error = np.linalg.norm((centroids - labels)[carrier], axis=1)
-    centroid_length = np.linalg.norm(labels[carrier], axis=1)
+    centroid_error = np.linalg.norm((centroids - labels)[labelled], axis=1)
+    centroid_length = np.linalg.norm(labels[labelled], axis=1)
     return {
         "wannier_centroid_A": _summary(centroid_error) | {"label_rms": _rms(centroid_length)},
         "molecular_dipole_D": _summary(dipole_error) | {"label_rms": _rms(dipole_length)},

@@ -18,7 +18,7 @@ from nequip.model.saved_models.load_utils import load_saved_model
 from nnqmd_server import __version__
 from nnqmd_server.potentials.allegro import load
 from nnqmd_server.training.accuracy import errors_on
-from nnqmd_server.training.config import TrainingConfig
+from nnqmd_server.training.config import SplitChoice, TrainingConfig
 from nnqmd_server.training.data import groups_of
 from nnqmd_server.training.progress import Epoch
 from nnqmd_server.units import GPA
@@ -37,7 +37,7 @@ def build_card(
     directory: Path,
     package: Path,
     epochs: Sequence[Epoch],
-    data_sha256: str,
+    data_files: Sequence[Mapping[str, str]],
     frame_numbers: Mapping[str, Sequence[int]],
 ) -> dict[str, Any]:
     """Everything the card says, as plain JSON types; every error is computed here from the package.
@@ -52,10 +52,10 @@ def build_card(
         The packaged model.
     epochs
         The log of the training.
-    data_sha256
-        Hash of the data file.
+    data_files
+        Name (``file``) and hash (``sha256``) of each data file.
     frame_numbers
-        Frames of the data file in each set, counted from 0.
+        Frames in each set, counted from 0 through all files.
     """
     potential = load(package, compiled=False)
     sets = {name: read(directory / file, ":") for name, file in SETS.items()}
@@ -79,10 +79,9 @@ def build_card(
         },
         "errors": errors,
         "data": {
-            "file": config.data.name,
-            "sha256": data_sha256,
+            "files": list(data_files),
             "frames": {name: list(numbers) for name, numbers in frame_numbers.items()},
-            "split": "chronological within every run: the last frames are test, those before them validation",
+            "split": _split_in_words(config.split),
             "range": {name: _range(frames) for name, frames in sets.items()},
         },
         "training": {
@@ -148,7 +147,8 @@ def as_markdown(card: Mapping[str, Any]) -> str:
         "",
         "## Data",
         "",
-        f"`{data['file']}`, sha256 `{data['sha256']}`. Split {data['split']}.",
+        *(f"`{one['file']}`, sha256 `{one['sha256']}`." for one in data["files"]),
+        f"Split {data['split']}.",
         "",
         "| set | frames | atoms per frame | rms force (eV/A) | largest force (eV/A) | density (atoms/A^3) "
         "| pressure (GPa) |",
@@ -175,6 +175,16 @@ def as_markdown(card: Mapping[str, Any]) -> str:
         *(f"- {limit}" for limit in card["not_for"]),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _split_in_words(choice: SplitChoice) -> str:
+    said = "chronological within every run: the last frames are test, those before them validation"
+    if choice.join_below:
+        said += (
+            f"; runs of fewer than {choice.join_below} frames together are one, whose test and validation "
+            "frames are spread over it evenly, so these have neighbours of the same run among the others"
+        )
+    return said
 
 
 def _error_table(errors: Mapping[str, Any]) -> list[str]:

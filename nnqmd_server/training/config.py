@@ -22,11 +22,12 @@ SCHEDULES = ("cosine", "plateau", "constant")
 
 @dataclass(frozen=True)
 class SplitChoice:
-    """How frames are divided, within every run."""
+    """How frames are divided, within every run; runs of fewer than ``join_below`` frames count as one."""
 
     group: str = "config_type"
     validation: float = 0.1
     test: float = 0.16
+    join_below: int = 0
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,14 @@ class Wannier:
     """Wannier centroids: what carries them, and the ion charges that make dipoles of them.
 
     ``centres`` is a file with all centres (atoms X in the same frames); they are then assigned to the
-    carriers. ``backbone`` is a trained model whose network stays as it is while the read-out alone is
-    trained.
+    carriers. With ``optional``, frames without centroids train the rest alone. ``backbone`` is a trained
+    model whose network stays as it is while the read-out alone is trained.
     """
 
     carriers: dict[str, float]
     ion_charges: dict[str, float]
     hidden_width: int = 32
+    optional: bool = False
     centres: Path | None = None
     backbone: Path | None = None
 
@@ -91,12 +93,15 @@ class Optimization:
 class TrainingConfig:
     """One training, as its YAML file says it; units in the shipped example.
 
-    ``notes`` and ``not_for`` are sentences for the model card that no program can know.
+    ``start`` is a trained model of the same sizes whose weights are where this training begins.
+    ``data`` are one or several files, read one after the other. ``notes`` and ``not_for`` are sentences
+    for the model card that no program can know.
     """
 
     name: str
-    data: Path
+    data: tuple[Path, ...]
     elements: tuple[str, ...]
+    start: Path | None = None
     max_force: float | None = None
     device: str = "auto"
     processes: int = 1
@@ -136,7 +141,9 @@ def read_config(path: Path) -> TrainingConfig:
         files = {name: getattr(wannier, name) for name in ("centres", "backbone")}
         found = {name: (path.parent / file).resolve() for name, file in files.items() if file is not None}
         wannier = replace(wannier, **found)
-    return replace(config, data=(path.parent / config.data).resolve(), wannier=wannier)
+    start = None if config.start is None else (path.parent / config.start).resolve()
+    files = tuple((path.parent / file).resolve() for file in config.data)
+    return replace(config, data=files, start=start, wannier=wannier)
 
 
 def plain(config: TrainingConfig) -> TrainingConfig:
@@ -270,6 +277,8 @@ def _training_module(config: TrainingConfig, epochs: int, statistics: Mapping[st
     validation = {"_target_": "nequip.train.MetricsManager", "metrics": _validation_metrics(config)}
     kind = "nnqmd_server.training.sam.EMASAMLightningModule"
     frozen = {}
+    if config.start:
+        kind, frozen = "nnqmd_server.training.frozen.StartedModule", {"backbone": "backbone.pt"}
     if config.wannier and config.wannier.backbone:
         kind, frozen = "nnqmd_server.training.frozen.FrozenBackboneModule", {"backbone": "backbone.pt"}
     return {
@@ -354,8 +363,14 @@ def _loss_terms(config: TrainingConfig) -> list[dict[str, Any]]:
             "name": f"{name}_mse",
             "field": quantity,
             "coeff": aim**-2,
-            "metric": {"_target_": "nequip.train.MeanSquaredError"},
-            **({"ignore_nan": True} if name == "wannier_centroid" else {}),
+            **(
+                {
+                    "metric": {"_target_": "nnqmd_server.training.loss.PartialMeanSquaredError"},
+                    "ignore_nan": True,
+                }
+                if name == "wannier_centroid"
+                else {"metric": {"_target_": "nequip.train.MeanSquaredError"}}
+            ),
         }
         for name, quantity, aim in _fields(config)
     ]
@@ -408,6 +423,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             raise ValueError(value)
         if getattr(kind, "__origin__", None) is dict:
             return {_text(k): float(v) for k, v in value.items()}
+        if kind == tuple[Path, ...]:  # one file needs no brackets
+            return tuple(Path(_text(v)) for v in ([value] if isinstance(value, str) else value))
         if getattr(kind, "__origin__", None) is tuple and not isinstance(value, str):
             return tuple(_text(v) for v in value)
         return kind(value)
@@ -470,6 +487,12 @@ def _validate(config: TrainingConfig) -> None:
         "Use 0.1 and 0.16, for instance.",
     )
     require(
+        len(config.data) == len(set(config.data)) > 0,
+        "data names no file, or one of them twice.",
+        "Give each file once.",
+    )
+    require(parts.join_below >= 0, "join_below cannot be negative.", "0 joins no runs.")
+    require(
         all(aim > 0 for aim in vars(config.loss).values()),
         "Errors under `loss` must be positive.",
         "A larger error gives the quantity a smaller weight.",
@@ -484,4 +507,9 @@ def _validate(config: TrainingConfig) -> None:
             set(config.wannier.carriers) <= set(config.elements) and len(config.wannier.carriers) > 0,
             f"carriers must be some of the elements {list(config.elements)}.",
             "Give the electrons of every carrier, such as {N: 8}.",
+        )
+        require(
+            not (config.wannier.backbone and (config.start or config.wannier.optional)),
+            "A read-out is trained alone: `backbone` goes with neither `start` nor `optional`.",
+            "Remove the one or the other.",
         )

@@ -8,6 +8,7 @@ those before them the validation set.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,9 @@ def read_frames(path: Path) -> list[Atoms]:
     return frames
 
 
-def check(frames: Sequence[Atoms], elements: Sequence[str], carriers: Iterable[str] = ()) -> None:
+def check(
+    frames: Sequence[Atoms], elements: Sequence[str], carriers: Iterable[str] = (), optional: bool = False
+) -> None:
     """Refuse frames that would spoil a training, all bad frames of a kind at once.
 
     Parameters
@@ -60,6 +63,8 @@ def check(frames: Sequence[Atoms], elements: Sequence[str], carriers: Iterable[s
         Chemical symbols that the network will know.
     carriers
         Elements whose atoms carry a Wannier centroid; empty if none is trained.
+    optional
+        Some frames may have no centroids.
 
     Raises
     ------
@@ -84,10 +89,12 @@ def check(frames: Sequence[Atoms], elements: Sequence[str], carriers: Iterable[s
             "Label these frames, or remove them. extxyz needs the keys energy, forces and stress.",
         )
     if carriers:
+        without = [k for k, frame in enumerate(frames) if WANNIER_CENTROID not in frame.arrays]
         refuse(
-            [k for k, frame in enumerate(frames) if WANNIER_CENTROID not in frame.arrays],
+            [] if optional and len(without) < len(frames) else without,
             f"no {WANNIER_CENTROID}",
-            "Add this array (3 columns, Angstrom, relative to its atom), or remove the section `wannier`.",
+            "Add this array (3 columns, Angstrom, relative to its atom), or remove the section `wannier`; "
+            "with `wannier.optional: true` some frames may be without.",
         )
     refuse(
         [k for k, frame in enumerate(frames) if not _all_finite(frame, carriers)],
@@ -123,8 +130,11 @@ def outliers(frames: Sequence[Atoms], ratio: float = 2.0) -> dict[int, float]:
     return {int(k): float(largest[k]) for k in np.flatnonzero(largest > limit)}
 
 
-def split(groups: Sequence[str], validation: float, test: float) -> Split:
+def split(groups: Sequence[str], validation: float, test: float, join_below: int = 0) -> Split:
     """Chronological split of every group: first training, then validation, then test.
+
+    Groups that are too short to be split one by one are taken together; their test and validation frames
+    are spread evenly over them, so that every group with some frames has its share.
 
     Parameters
     ----------
@@ -132,6 +142,8 @@ def split(groups: Sequence[str], validation: float, test: float) -> Split:
         The run each frame belongs to, in the order of the file (which is the order in time).
     validation, test
         Fraction of each run; rounded to whole frames, at least one frame of each.
+    join_below
+        Groups of fewer frames are taken together.
 
     Raises
     ------
@@ -139,20 +151,37 @@ def split(groups: Sequence[str], validation: float, test: float) -> Split:
         If a run is too short to give all three.
     """
     train_set, validation_set, test_set = [], [], []
-    for group in dict.fromkeys(groups):
-        members = [k for k, name in enumerate(groups) if name == group]
+    sizes = Counter(groups)
+    joined = [k for k, name in enumerate(groups) if sizes[name] < join_below]
+    runs = {name: [k for k, other in enumerate(groups) if other == name] for name in sizes}
+    together = f"all runs of fewer than {join_below} frames"
+    wholes = {name: members for name, members in runs.items() if sizes[name] >= join_below}
+    for group, members in (wholes | ({together: joined} if joined else {})).items():
         n_test = max(1, round(test * len(members)))
         n_validation = max(1, round(validation * len(members)))
         n_train = len(members) - n_test - n_validation
         if n_train < 1:
             raise DataError(
                 f"The run {group!r} has {len(members)} frames: too few for training, validation and test.",
-                "Add frames to this run, or set `split.group` to a key that joins runs.",
+                "Add frames to this run, take short runs together with `split.join_below: 8`, or set "
+                "`split.group` to a key that joins runs.",
             )
+        if group == together:
+            members = _spread(members, n_train, n_validation, n_test)
         train_set += members[:n_train]
         validation_set += members[n_train : n_train + n_validation]
         test_set += members[n_train + n_validation :]
     return Split(tuple(sorted(train_set)), tuple(sorted(validation_set)), tuple(sorted(test_set)))
+
+
+def _spread(members: Sequence[int], n_train: int, n_validation: int, n_test: int) -> list[int]:
+    """Reordered so that the last ``n_test``, and the ``n_validation`` before them, lie evenly spread."""
+    test = [members[int((k + 0.5) * len(members) / n_test)] for k in range(n_test)]
+    rest = [k for k in members if k not in set(test)]
+    validation = [rest[int((k + 0.5) * len(rest) / n_validation)] for k in range(n_validation)]
+    train = [k for k in rest if k not in set(validation)]
+    assert len(train) == n_train
+    return [*train, *validation, *test]
 
 
 def groups_of(frames: Sequence[Atoms], key: str) -> list[str]:
@@ -167,7 +196,7 @@ def prepare(frame: Atoms, carriers: Iterable[str] = (), group: str = "config_typ
     """A frame with the labels that nequip is to see, the run it belongs to, and nothing else.
 
     Other keys go: nequip would take ``dipole``, ``charges`` and the like as its own fields.
-    Atoms that carry no centroid get NaN, which the loss leaves out.
+    Atoms that carry no centroid, or have no label of it, get NaN, which the loss leaves out.
     """
     bare = Atoms(frame.numbers, frame.positions, cell=frame.cell, pbc=True)
     bare.info = {k: frame.info[k] for k in (group, "source_id") if k in frame.info}
@@ -175,7 +204,8 @@ def prepare(frame: Atoms, carriers: Iterable[str] = (), group: str = "config_typ
     bare.calc = SinglePointCalculator(bare, **{label: results[label] for label in LABELS})
     carriers = tuple(carriers)
     if carriers:
-        centroids = np.array(frame.arrays[WANNIER_CENTROID], dtype=float)
+        given = frame.arrays.get(WANNIER_CENTROID, np.full((len(frame), 3), np.nan))
+        centroids = np.array(given, dtype=float)
         centroids[~np.isin(frame.get_chemical_symbols(), carriers)] = np.nan
         bare.set_array(WANNIER_CENTROID, centroids)
     return bare
@@ -202,7 +232,7 @@ def _results(frame: Atoms) -> Mapping[str, np.ndarray]:
 def _all_finite(frame: Atoms, carriers: tuple[str, ...]) -> bool:
     results = _results(frame)
     arrays = [frame.positions, frame.cell.array, *(np.asarray(results[label]) for label in LABELS)]
-    if carriers:
+    if carriers and WANNIER_CENTROID in frame.arrays:
         arrays.append(frame.arrays[WANNIER_CENTROID][np.isin(frame.get_chemical_symbols(), carriers)])
     return all(np.isfinite(array).all() for array in arrays)
 

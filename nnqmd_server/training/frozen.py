@@ -1,4 +1,4 @@
-"""A Wannier read-out on a network that is trained already and stays as it is."""
+"""Trainings that begin with a trained model: all of it goes on, or the read-out alone is trained."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from nnqmd_server.training.sam import EMASAMLightningModule
 READOUT = "wannier_readout"
 
 
-class FrozenBackboneModule(EMASAMLightningModule):
-    """Trains the read-out alone; energy and forces are those of the backbone, to the last bit.
+class StartedModule(EMASAMLightningModule):
+    """Begins with the weights of a trained model; a read-out that it has not begins as ever.
 
     Parameters
     ----------
@@ -36,7 +36,15 @@ class FrozenBackboneModule(EMASAMLightningModule):
         weights = torch.load(self._backbone, map_location="cpu", weights_only=True)
         missing, unexpected = model.load_state_dict(weights, strict=False)
         if unexpected or [name for name in missing if READOUT not in name]:
-            raise ValueError(f"the backbone does not fit the network: {unexpected or missing}")
+            raise ValueError(f"the trained model does not fit the network: {unexpected or missing}")
+        return model
+
+
+class FrozenBackboneModule(StartedModule):
+    """Trains the read-out alone; energy and forces are those of the backbone, to the last bit."""
+
+    def _build_model(self, model_config: dict[str, Any]) -> torch.nn.Module:
+        model = super()._build_model(model_config)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(READOUT in name)
         return model
@@ -46,8 +54,8 @@ STATISTICS = ("avg_num_neighbors", "per_type_energy_shifts", "per_type_energy_sc
 """What the backbone took from its own data; not all of it is among its weights."""
 
 
-def save_backbone(model: Path, target: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Write the weights of a trained model, without a Wannier read-out it may have, to a file.
+def save_backbone(model: Path, target: Path, readout: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Write the weights of a trained model to a file; a Wannier read-out it may have if ``readout``.
 
     Returns
     -------
@@ -67,10 +75,10 @@ def save_backbone(model: Path, target: Path) -> tuple[dict[str, Any], dict[str, 
         statistics = {name: settings[name] for name in STATISTICS}
     except Exception as error:  # a model is code, and anything may come of it
         raise ModelError(
-            f"The backbone {model} cannot be loaded: {error.__class__.__name__}: {error}.",
+            f"The trained model {model} cannot be loaded: {error.__class__.__name__}: {error}.",
             "Give a packaged model (.nequip.zip) or a checkpoint of nequip.",
         ) from error
-    weights = {name: value for name, value in network.state_dict().items() if READOUT not in name}
+    weights = {name: value for name, value in network.state_dict().items() if readout or READOUT not in name}
     torch.save(weights, target)
     return dict(network.metadata), statistics
 

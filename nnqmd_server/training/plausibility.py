@@ -100,7 +100,9 @@ def _pressure_volume(frame: Atoms) -> float:
 
 def _longest(frame: Atoms, carriers: tuple[str, ...]) -> float:
     at = np.isin(frame.get_chemical_symbols(), carriers)
-    return float(np.linalg.norm(frame.arrays["wannier_centroid"][at], axis=1).max()) if at.any() else 0.0
+    if not at.any() or "wannier_centroid" not in frame.arrays:
+        return 0.0
+    return float(np.linalg.norm(frame.arrays["wannier_centroid"][at], axis=1).max())
 
 
 def _check_distances(frames: Sequence[Atoms], numbers: Sequence[int]) -> None:

@@ -59,6 +59,7 @@ def prepare(
     epochs: int | None = None,
     resume: bool = False,
     without_sam: bool = False,
+    start: Path | None = None,
 ) -> Plan:
     """Check configuration and data, and lay out the run directory.
 
@@ -74,6 +75,8 @@ def prepare(
         Continue the training that the directory holds.
     without_sam
         Train plainly, whatever rho the configuration has.
+    start
+        Begin with the weights of this model, whatever the configuration says.
 
     Raises
     ------
@@ -83,6 +86,8 @@ def prepare(
     config = read_config(config_path)
     if without_sam:
         config = plain(config)
+    if start is not None:
+        config = replace(config, start=start.resolve())
     if epochs is not None:
         if epochs < 1:
             raise InputError(f"{epochs} epochs cannot be trained.", "Ask for 1 or more.")
@@ -97,21 +102,23 @@ def prepare(
             f"{directory} is not empty.",
             "Continue the training there with --resume, or choose another --out.",
         )
-    frames = data.read_frames(config.data)
+    frames = [frame for file in config.data for frame in data.read_frames(file)]
     if config.wannier and config.wannier.centres:
         frames = assign_centres(frames, read_centres(config.wannier.centres), config.wannier.carriers)
-    data.check(frames, config.elements, config.carriers)
+    optional = config.wannier is not None and config.wannier.optional
+    data.check(frames, config.elements, config.carriers, optional)
     kept, left_out = data.filter_forces(frames, config.max_force)
     check_sizes([frames[k] for k in kept], kept, config.carriers)
     parts = _split(config, frames, kept)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        if config.wannier and config.wannier.backbone:
-            _take_backbone(config, directory)
+        trained = config.wannier.backbone if config.wannier and config.wannier.backbone else config.start
+        if trained:
+            _take_backbone(config, trained, directory)
         data.write_sets(frames, parts, directory, config.carriers, config.split.group)
         shutil.copy(config_path, directory / "training.yaml")
         (directory / "config.yaml").write_text(_as_yaml(config, directory))
-        split = {"data_sha256": file_hash(config.data), **asdict(parts), "left_out": left_out}
+        split = {"data": _data_files(config), **asdict(parts), "left_out": left_out}
         (directory / "split.json").write_text(json.dumps(split, indent=1) + "\n")
     except OSError as error:
         raise OutputError(f"{directory} cannot be written: {error}", "Choose another --out.") from error
@@ -246,24 +253,27 @@ def describe(plan: Plan, epochs: Sequence[Epoch]) -> dict[str, Any]:
     plot_learning_curve(epochs, plan.directory / "learning_curve.png")
     split = json.loads((plan.directory / "split.json").read_text())
     numbers = {name: split[name] for name in ("train", "validation", "test", "left_out")}
-    card = build_card(plan.config, plan.directory, plan.package, epochs, split["data_sha256"], numbers)
+    card = build_card(plan.config, plan.directory, plan.package, epochs, split["data"], numbers)
     write_card(card, plan.directory)
     return card
 
 
+def _data_files(config: TrainingConfig) -> list[dict[str, str]]:
+    """The data files, for the card and to know them again."""
+    return [{"file": file.name, "sha256": file_hash(file)} for file in config.data]
+
+
 def _split(config: TrainingConfig, frames: Sequence[Atoms], kept: Sequence[int]) -> data.Split:
-    """The split of the kept frames, in frame numbers of the whole file."""
+    """The split of the kept frames, in frame numbers of all files one after the other."""
     groups = data.groups_of([frames[k] for k in kept], config.split.group)
-    parts = data.split(groups, config.split.validation, config.split.test)
+    parts = data.split(groups, config.split.validation, config.split.test, config.split.join_below)
     return data.Split(*(tuple(kept[k] for k in part) for part in (parts.train, parts.validation, parts.test)))
 
 
-def _take_backbone(config: TrainingConfig, directory: Path) -> None:
+def _take_backbone(config: TrainingConfig, trained: Path, directory: Path) -> None:
     from nnqmd_server.training.frozen import save_backbone
 
-    assert config.wannier is not None
-    assert config.wannier.backbone is not None
-    found, statistics = save_backbone(config.wannier.backbone, directory / "backbone.pt")
+    found, statistics = save_backbone(trained, directory / "backbone.pt", trained == config.start)
     (directory / STATISTICS).write_text(json.dumps(statistics, indent=1) + "\n")
     wanted = {
         "type_names": " ".join(config.elements),
@@ -274,7 +284,7 @@ def _take_backbone(config: TrainingConfig, directory: Path) -> None:
         theirs = float(found[name]) if name == "r_max" else found[name]
         if theirs != value:
             raise InputError(
-                f"The backbone {config.wannier.backbone} has {name} {theirs}, this configuration {value}.",
+                f"The trained model {trained} has {name} {theirs}, this configuration {value}.",
                 "Under `network` and `elements` give what the backbone was trained with (its card says it).",
             )
 
@@ -293,11 +303,12 @@ def _check_unchanged(plan: Plan) -> None:
             f"The configuration differs from the one that the training in {plan.directory} began with.",
             "Put it back (training.yaml there is a copy; mind --epochs), or train afresh in another --out.",
         )
-    begun_with = json.loads((plan.directory / "split.json").read_text())["data_sha256"]
-    if file_hash(plan.config.data) != begun_with:
+    begun_with = json.loads((plan.directory / "split.json").read_text())["data"]
+    if _data_files(plan.config) != begun_with:
+        names = ", ".join(map(str, plan.config.data))
         raise DataError(
-            f"{plan.config.data} has changed since the training in {plan.directory} began.",
-            "Put the file back, or train afresh in another --out.",
+            f"The data have changed since the training in {plan.directory} began: {names}.",
+            "Put the files back, or train afresh in another --out.",
         )
 
 
