@@ -628,13 +628,14 @@ def test_errors_come_in_the_units_they_are_named_with():
     assert errors["by_run"]["b"]["frames"] == 1
 
 
-def test_the_shipped_card_tells_the_truth():
+@pytest.mark.parametrize("name", ["small", "base"])
+def test_the_shipped_card_tells_the_truth(name):
     from nnqmd_server.potentials.allegro import load
     from nnqmd_server.training.accuracy import errors_on
 
-    package = SHIPPED.parent / "models/small/ammonia-small.nequip.zip"
+    package = SHIPPED.parent / f"models/{name}/ammonia-{name}.nequip.zip"
     card = json.loads((package.parent / "card.json").read_text())
-    config = read_config(SHIPPED)
+    config = read_config(SHIPPED.with_name(f"{name}.yaml"))
     potential = load(package, compiled=False)
     assert potential.card.sha256 == card["model"]["sha256"]
     frames = [frame for file in config.data for frame in data.read_frames(file)]
