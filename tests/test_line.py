@@ -240,6 +240,23 @@ def test_without_file_descriptors_it_waits_until_one_is_free(lines, tmp_path):
     waiting.close()
 
 
+def test_who_never_had_anybody_listens_again_at_the_next_beat(lines, tmp_path, caplog):
+    waiting = socket.socket(socket.AF_UNIX)
+    waiting.connect(str(tmp_path / "s"))
+    waiting.sendall(bytes_of([b"hello"]))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        assert not take(lines, 1, 0.02)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert "ulimit -n" in caplog.text
+    assert not take(lines, 1, 0.05)
+    lines.listen_again()
+    assert plain([frames for _, frames in take(lines)]) == [[b"hello"]]
+    waiting.close()
+
+
 def test_a_socket_file_of_somebody_else_stays(tmp_path):
     first, second = Lines(), Lines()
     first.listen(tmp_path / "s")

@@ -274,7 +274,8 @@ class PoolClient:
                 return unpack(frames, self._bulk)
         except BadMessageError as error:
             raise PoolError(
-                f"What answers at {self.address} is not our pool: {error}.", "Check the address."
+                f"What answers at {self.address} is not our pool: {error}.",
+                "Check the address, and that nnqmd is of one version everywhere.",
             ) from error
         refused = self._link.why()
         if refused is not None:

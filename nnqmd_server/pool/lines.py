@@ -110,7 +110,10 @@ class Lines:
             except OSError:
                 messages = None
             except BadMessageError as error:
-                log.warning("refused a connection: %s", error)
+                # Who cannot be understood tries again and again; the count tells how often.
+                log.log(
+                    logging.DEBUG if self.strangers else logging.WARNING, "refused a connection: %s", error
+                )
                 self.strangers += 1
                 messages = None
             if messages is None:
@@ -143,6 +146,10 @@ class Lines:
                 return False
             self._attend(peer)
         return True
+
+    def listen_again(self) -> None:
+        """Take connections again if that had failed; to be called at every beat."""
+        self._take_connections(True)
 
     def frozen(self) -> list[bytes]:
         """Who is held by a signal or a debugger now and was at the last calls; to be called at every beat."""
@@ -177,25 +184,28 @@ class Lines:
 
     def _accept(self, listener: socket.socket) -> None:
         while True:
+            connection = None
             try:
                 connection, _ = listener.accept()
+                if len(self._peers) >= MAX_PEERS:
+                    connection.close()
+                    continue
+                connection.setblocking(False)
+                self._count += 1
+                peer = _Peer(b"line" + self._count.to_bytes(8, "little"), connection)
+                self._selector.register(connection, selectors.EVENT_READ, peer)
             except BlockingIOError:
                 return
             except OSError as error:  # as a rule no more file descriptors
-                log.error("a connection could not be taken: %s", error)
+                if connection is not None:
+                    connection.close()
+                log.error("a connection could not be taken: %s; `ulimit -n` allows more", error)
                 self._take_connections(False)
                 return
-            if len(self._peers) >= MAX_PEERS:
-                connection.close()
-                continue
-            connection.setblocking(False)
-            self._count += 1
-            peer = _Peer(b"line" + self._count.to_bytes(8, "little"), connection)
             self._peers[peer.identity] = peer
-            self._selector.register(connection, selectors.EVENT_READ, peer)
 
     def _take_connections(self, willing: bool) -> None:
-        """Who cannot take another connection does not listen until one has ended."""
+        """Who cannot take another connection does not listen until one has ended, or for a beat."""
         if willing == self._full:
             self._full = not willing
             for listener, *_ in self._listeners:

@@ -144,7 +144,7 @@ class Pool:
         if self._thread.is_alive():
             self._thread.join(timeout=10)
         elif self._thread.ident is None:  # it was never started
-            self._gate.close()
+            self._close()
 
     def ask(self, job: Job, memory: Bulk | None = None) -> None:
         """Evaluate a force set of this process; its ``reply`` is called in the pool's thread.
@@ -220,9 +220,12 @@ class Pool:
             self._tell()
             time.sleep(0.05)  # lets the farewell leave before the sockets close
         finally:
-            self._gate.close()
-            self._bell.close()
-            self._ring.close()
+            self._close()
+
+    def _close(self) -> None:
+        self._gate.close()
+        self._bell.close()
+        self._ring.close()
 
     def _note(self, what: str, fields: dict[str, Any]) -> None:
         self._untold.append((what, fields))
@@ -475,6 +478,8 @@ class Pool:
             return
         self._next_beat = now + BEAT
         self._dispatch.tidy(now)
+        for entry in (self._doors, self._backs):
+            entry.lines.listen_again()
         for identity in self._backs.lines.frozen():
             self._backs.lines.drop(identity)
         for worker in list(self._dispatch.workers.values()):
