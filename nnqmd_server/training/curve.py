@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from nnqmd_server.training.progress import Epoch
 from nnqmd_server.units import GPA
@@ -18,6 +19,13 @@ PANELS = (
     ("stress_rmse", "stress rmse (GPa)", 1 / GPA),
     ("wannier_centroid_rmse", "Wannier centroid rmse (mÅ)", 1e3),
 )
+
+
+class _Plainly(LogFormatter):
+    """The ticks that matplotlib would name, as 0.165 and not as 1.65 x 10^-1."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
 
 
 def plot_learning_curve(epochs: Sequence[Epoch], path: Path) -> None:
@@ -31,6 +39,8 @@ def plot_learning_curve(epochs: Sequence[Epoch], path: Path) -> None:
     for axis, (name, label, factor) in zip(axes, drawn, strict=False):
         axis.semilogy(count, [getattr(e, name) * factor for e in epochs], lw=1.2)
         axis.set(xlabel="epoch", ylabel=label, title="validation")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(_Plainly(minor_thresholds=(2, 0.5)))
     loss = axes[len(drawn)]
     loss.semilogy(count, [e.train_loss for e in epochs], lw=1.2, color="C1")
     loss.set(xlabel="epoch", ylabel="loss (weighted, eV and Å)", title="training")
