@@ -41,7 +41,7 @@ def give_up(error: Exception) -> None:
 def fresh_edges_on_device(
     structures: Structures, cutoff: float, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, Array]:
-    """The edges of all structures, those of each together, ordered by centre, neighbour and shift.
+    """The edges of all structures, as :func:`.device_pairs.edges_on_device` gives them.
 
     Parameters
     ----------
@@ -54,12 +54,9 @@ def fresh_edges_on_device(
 
     Returns
     -------
-    edges : torch.Tensor
-        Centres and neighbours, int64, shape (2, n_edges), atoms numbered through the batch.
-    shifts : torch.Tensor
-        Cell vectors between them, float64, shape (n_edges, 3).
-    counts : Array
-        Edges of each structure, on the host, shape (n_structures,).
+    edges, shifts, counts : torch.Tensor, torch.Tensor, Array
+        Shapes (2, n_edges), (n_edges, 3) and (n_structures,); in the order of kept lists: by centre,
+        neighbour and shift.
     """
     count = len(structures)
     positions, cells = _on(structures.positions, device), _on(structures.cells, device)
