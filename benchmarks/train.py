@@ -32,7 +32,8 @@ from nequip.utils.global_state import set_global_state
 from omegaconf import OmegaConf
 
 from nnqmd_server.training import train
-from nnqmd_server.training.config import expand, read_config
+from nnqmd_server.training.config import read_config
+from nnqmd_server.training.expansion import expand
 
 DEMO = Path(__file__).resolve().parents[1] / "examples/ammonia/small.yaml"
 

@@ -21,7 +21,8 @@ from test_networks import ALLEGRO, CUTOFF, WANNIER, ammonia
 
 from nnqmd_server.errors import DataError, InputError, OutputError, ProgramError
 from nnqmd_server.training import data
-from nnqmd_server.training.config import expand, read_config
+from nnqmd_server.training.config import read_config
+from nnqmd_server.training.expansion import expand
 from nnqmd_server.training.plausibility import check_sizes
 from nnqmd_server.training.progress import COLUMNS, read_epochs
 

@@ -18,7 +18,8 @@ from test_training import TINY, sensible, state_of, write_config
 
 from nnqmd_server.potentials.allegro import load
 from nnqmd_server.structures import from_ase
-from nnqmd_server.training.config import expand, read_config
+from nnqmd_server.training.config import read_config
+from nnqmd_server.training.expansion import expand
 from nnqmd_server.training.progress import read_epochs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]

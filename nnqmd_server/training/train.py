@@ -24,7 +24,8 @@ from nnqmd_server.errors import DataError, InputError, OutputError, ProgramError
 from nnqmd_server.potentials.package import PACKAGE_SUFFIX, file_hash
 from nnqmd_server.training import data
 from nnqmd_server.training.centres import assign_centres, read_centres
-from nnqmd_server.training.config import TrainingConfig, expand, plain, read_config
+from nnqmd_server.training.config import TrainingConfig, plain, read_config
+from nnqmd_server.training.expansion import expand
 from nnqmd_server.training.plausibility import check_sizes
 from nnqmd_server.training.progress import Epoch, read_epochs
 
