@@ -158,6 +158,32 @@ def test_shaken_weights_raise_the_loss_and_no_noise_leaves_it():
     assert np.isfinite(little.rise_error)
 
 
+def test_sharpness_has_a_command_of_its_own(tmp_path):
+    from ase.io import write
+
+    frames = read_frames(ROOT / "examples/ammonia/data/ammonia_train.xyz")[:1]
+    write(tmp_path / "one.xyz", frames, format="extxyz", parallel=False)
+    arguments = [
+        "model",
+        "sharpness",
+        f"mine={MODEL}",
+        "--frames",
+        str(tmp_path / "one.xyz"),
+        "--noise",
+        "0.05",
+    ]
+    done = CliRunner().invoke(app, [*arguments, "--draws", "2", "--json", str(tmp_path / "s.json")])
+    assert done.exit_code == 0, done.output
+    (line,) = json.loads((tmp_path / "s.json").read_text())
+    (found,) = measure("mine", MODEL, frames, [0.05], draws=2)
+    assert (line["model"], line["draws"], line["frames"]) == ("mine", 2, 1)
+    assert line["rise"] == pytest.approx(found.rise, rel=1e-6)
+    assert "rise of the loss" in done.output
+    assert "mine" in done.output
+    done = CliRunner().invoke(app, [*arguments[:-1], "none"])
+    assert isinstance(done.exception, InputError)
+
+
 def test_sharpness_needs_labels_and_a_package():
     frames = read_frames(ROOT / "examples/ammonia/data/ammonia_train.xyz")[:1]
     bare = frames[0].copy()

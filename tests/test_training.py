@@ -866,6 +866,34 @@ def test_plain_training_from_the_same_file():
     assert plain(config).name == f"{config.name}-plain"
 
 
+def test_rho_of_the_command_line_is_the_one_trained(tmp_path):
+    from nnqmd_server.training import train
+
+    write(tmp_path / "frames.xyz", [sensible(k) for k in range(8)], format="extxyz")
+    config = write_config(tmp_path / "a.yaml", **TINY)
+    plan = train.prepare(config, tmp_path / "a", rho=0.02)
+    written = yaml.safe_load((plan.directory / "config.yaml").read_text())
+    assert written["training_module"]["rho"] == plan.config.training.rho == 0.02
+    with pytest.raises(InputError, match=r"cannot be -0\.1"):
+        train.prepare(config, tmp_path / "b", rho=-0.1)
+    with pytest.raises(InputError, match="--plain is rho = 0"):
+        train.prepare(config, tmp_path / "b", without_sam=True, rho=0.02)
+
+
+def test_a_compiled_training_needs_a_compiler(tmp_path, monkeypatch):
+    from nnqmd_server.training import train
+
+    write(tmp_path / "frames.xyz", [sensible(k) for k in range(8)], format="extxyz")
+    config = write_config(tmp_path / "a.yaml", **TINY | {"training": {"epochs": 1, "compile": True}})
+    plan = train.prepare(config, tmp_path / "a")
+    written = yaml.safe_load((plan.directory / "config.yaml").read_text())
+    assert written["training_module"]["model"]["compile_mode"] == "compile"
+    monkeypatch.setattr(train, "find_compiler", lambda: None)
+    with pytest.raises(InputError, match=r"no C\+\+ compiler") as caught:
+        train.prepare(config, tmp_path / "b")
+    assert "compile: false" in caught.value.fix
+
+
 def test_train_command_from_frames_to_a_package(tmp_path):
     from typer.testing import CliRunner
 

@@ -30,8 +30,8 @@ def command(*words):
     return [sys.executable, "-m", "nnqmd_server", "train", *map(str, words)]
 
 
-def finish(*words, cwd=None):
-    done = subprocess.run(command(*words), cwd=cwd, capture_output=True, text=True, timeout=WAIT, check=False)
+def finish(*words, cwd=None, wait=WAIT):
+    done = subprocess.run(command(*words), cwd=cwd, capture_output=True, text=True, timeout=wait, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -83,6 +83,25 @@ def test_two_processes_train_the_same_network_on_both(tmp_path, settings):
     card = json.loads((tmp_path / "run/card.json").read_text())
     assert card["training"]["settings"]["processes"] == 2
     model = load(tmp_path / "run/tiny.nequip.zip", compiled=False)
+    assert np.isfinite(model.evaluate(from_ase([sensible(50)])).forces).all()
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.01])
+def test_compiled_steps_are_those_of_eager_ones(tmp_path, settings, rho):
+    for compiled in (False, True):
+        training = {"epochs": 3, "batch_size": 2, "rho": rho, "compile": compiled}
+        config = write_config(tmp_path / f"{compiled}.yaml", **settings | {"training": training})
+        finish(config, "--out", tmp_path / f"{compiled}", wait=1000)
+    eager, compiled = (read_epochs(tmp_path / f"{kind}/epochs.csv") for kind in (False, True))
+    for one, other in zip(eager, compiled, strict=True):  # double precision; only the order of sums differs
+        assert other.forces_rmse == pytest.approx(one.forces_rmse, rel=1e-8)
+        assert other.wannier_centroid_rmse == pytest.approx(one.wannier_centroid_rmse, rel=1e-8)
+    weights, counts = state_of(tmp_path / "False")
+    same, same_counts = state_of(tmp_path / "True")
+    assert counts[:2] == same_counts[:2]
+    for name, value in weights.items():
+        torch.testing.assert_close(same[name], value, rtol=1e-6, atol=1e-9, msg=name)
+    model = load(tmp_path / "True/tiny.nequip.zip", compiled=False)  # a package like any other
     assert np.isfinite(model.evaluate(from_ase([sensible(50)])).forces).all()
 
 

@@ -13,6 +13,7 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from nnqmd_server.cli.sharpness import measure_sharpness, parse_noise, sharpness_table
 from nnqmd_server.cli.terminal import console
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def fidelity(
     hashes = {name: source_hash(source) for name, source in models.items()}
     cases = make_cases(models, numbers, counts, range(seed, seed + seeds))
     _check_elements(models, cell)
-    strengths = _strengths(noise)
+    strengths = parse_noise(noise)
     claim(out, cell, protocol)
     if analyse_only:
         wanted = {(case, hashes[case.model]) for case in cases}
@@ -146,7 +147,7 @@ def fidelity(
             f"{len(cases)} runs of at most {steps} steps of {timestep:g} fs at {temperature:g} K, in {out}"
         )
         records = _run(cases, models, hashes, cell, protocol, out, workers, parallel, device, eager)
-    sharpness = _sharpness(models, frames, strengths, draws) if frames else []
+    sharpness = measure_sharpness(models, frames, strengths, draws) if frames else []
     series = _analyse(records, distribution, replicates)
     _show(series, sharpness)
     _write(out, series, sharpness, protocol)
@@ -193,27 +194,6 @@ def _run(
                 progress.stop()
                 console.print(f"stopped; this goes on: {shlex.join(['nnqmd', *sys.argv[1:]])}")
                 raise typer.Exit(130) from None
-
-
-def _sharpness(
-    models: Mapping[str, str], frames: Path, strengths: Sequence[float], draws: int
-) -> list[Sharpness]:
-    from nnqmd_server.fidelity.sharpness import measure
-    from nnqmd_server.training.data import read_frames
-
-    labelled = read_frames(frames)
-    found = []
-    each = 1 + draws * len(strengths)
-    columns = (TextColumn("sharpness"), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("", total=each * len(models))
-        for k, (name, source) in enumerate(models.items()):
-
-            def tell(done: int, before: int = k * each, name: str = name) -> None:
-                progress.update(bar, completed=before + done, description=name)
-
-            found += measure(name, Path(source), labelled, strengths, draws, tell=tell)
-    return found
 
 
 def _analyse(records: Sequence[Record], distribution: str, replicates: int) -> list[Series]:
@@ -263,15 +243,7 @@ def _show(series: Sequence[Series], sharpness: Sequence[Sharpness]) -> None:
         )
         console.print(f"  an error of 0.05 needs about {failures_needed(one.fit)} failures at these sizes")
     if sharpness:
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        table.add_column("model", overflow="fold")
-        for name in ("noise (%)", "loss", "rise of the loss", "force rmse (meV/A)", "shaken (meV/A)"):
-            table.add_column(name, justify="right")
-        for s in sharpness:
-            row = (f"{100 * s.epsilon:g}", f"{s.loss:.4g}", f"{s.rise:.3g} +- {s.rise_error:.2g}")
-            forces = (f"{1e3 * s.force_rmse:.0f}", f"{1e3 * s.force_rmse_shaken:.0f}")
-            table.add_row(s.model, *row, *forces)
-        console.print(table)
+        console.print(sharpness_table(sharpness))
 
 
 def _write(out: Path, series: Sequence[Series], sharpness: Sequence[Sharpness], protocol: Protocol) -> None:
@@ -308,18 +280,6 @@ def _whole(text: str, option: str) -> list[int]:
         found = []
     if not found or found[0] < 1:
         raise InputError(f"{option} {text!r} are not whole numbers above zero.", f"Write {option} 16,64,128.")
-    return found
-
-
-def _strengths(text: str) -> list[float]:
-    from nnqmd_server.errors import InputError
-
-    try:
-        found = sorted({float(word) for word in text.replace(",", " ").split()})
-    except ValueError:
-        found = []
-    if not found or not 0 < found[0] <= found[-1] < 10:
-        raise InputError(f"--noise {text!r} is not a list of numbers above zero.", "Write --noise 0.01,0.05.")
     return found
 
 

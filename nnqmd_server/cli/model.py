@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from nnqmd_server.cli.sharpness import measure_sharpness, parse_noise, sharpness_table
 from nnqmd_server.cli.terminal import console
 
 app = typer.Typer(help="Look at a model.", no_args_is_help=True)
@@ -93,9 +94,6 @@ def errors(
     The frames are checked as `nnqmd train` checks its data; some may have no centroids. mae and rmse are
     over Cartesian components; of centroids and dipoles, over the lengths of the error vectors.
     """
-    import json
-
-    from nnqmd_server.errors import OutputError
     from nnqmd_server.potentials.load import load, parse_models
     from nnqmd_server.training import data
     from nnqmd_server.training.accuracy import errors_on
@@ -112,10 +110,7 @@ def errors(
     console.print(f"{len(labelled)} frames of {frames}")
     _print_errors(found)
     if json_file is not None:
-        try:
-            json_file.write_text(json.dumps(found, indent=1) + "\n")
-        except OSError as error:
-            raise OutputError(f"Cannot write {json_file}: {error}.", "Give another --json FILE.") from None
+        _write_json(json_file, found)
 
 
 _QUANTITIES = (
@@ -155,3 +150,46 @@ def _print_errors(found: dict[str, Any]) -> None:
             numbers += [f"{here['energy_meV_per_atom']['mae']:.2f}", f"{here['forces_meV_per_A']['mae']:.1f}"]
         runs.add_row(run, str(one["frames"]), *numbers)
     console.print(runs)
+
+
+SHARPNESS_EXAMPLES = """
+Examples:
+
+  nnqmd model sharpness plain.nequip.zip legato.nequip.zip --frames train.xyz
+"""
+
+
+@app.command(epilog=SHARPNESS_EXAMPLES)
+def sharpness(
+    models: Annotated[
+        list[str], typer.Argument(metavar="[NAME=]MODEL...", help="packaged models (.nequip.zip)")
+    ],
+    frames: Annotated[Path, typer.Option(metavar="FILE", help="labelled frames (extxyz), see docs/data.md")],
+    noise: Annotated[str, typer.Option(help="relative noise on weights")] = "0.01,0.02,0.05",
+    draws: Annotated[int, typer.Option(min=2, max=1000, help="draws of the noise")] = 10,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="all numbers as JSON")
+    ] = None,
+) -> None:
+    """Print how much the loss of models rises when their weights are shaken.
+
+    Gaussian noise, relative to the root mean square of each weight tensor, the same draws for all models;
+    docs/fidelity.md says what the loss is, and `nnqmd fidelity` whether a flat model lives longer.
+    """
+    from nnqmd_server.potentials.load import parse_models
+
+    found = measure_sharpness(parse_models(models), frames, parse_noise(noise), draws)
+    console.print(sharpness_table(found))
+    if json_file is not None:
+        _write_json(json_file, [one.as_dict() for one in found])
+
+
+def _write_json(path: Path, found: Any) -> None:
+    import json
+
+    from nnqmd_server.errors import OutputError
+
+    try:
+        path.write_text(json.dumps(found, indent=1) + "\n")
+    except OSError as error:
+        raise OutputError(f"Cannot write {path}: {error}.", "Give another --json FILE.") from None

@@ -24,6 +24,9 @@ Examples:
   nnqmd train examples/ammonia/small.yaml --plain
       plain Allegro from the same file, to compare with
 
+  nnqmd train examples/ammonia/small.yaml --rho 0.02 --out runs/rho-0.02
+      one of a scan; `nnqmd model errors` and `nnqmd fidelity --frames` compare what comes out
+
   nnqmd train examples/ammonia/small.yaml --out runs/ammonia --resume
 
   nnqmd train my-nequip-config.yaml
@@ -50,6 +53,13 @@ def train(
             help="Begin with the weights of this trained model of the same sizes.", show_default=False
         ),
     ] = None,
+    rho: Annotated[
+        float | None,
+        typer.Option(
+            help="Length of the sharpness-aware step, instead of that in the configuration.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Train a network, package it, and write its model card with the errors on data it never saw.
 
@@ -61,14 +71,15 @@ def train(
     from nnqmd_server.training.nequip_config import is_nequip_config
 
     if is_nequip_config(config):
-        if epochs is not None or plain or start is not None:
+        if epochs is not None or plain or start is not None or rho is not None:
             raise InputError(
-                f"{config} is a configuration of nequip's own; --epochs, --plain, --start do not change it.",
+                f"{config} is a configuration of nequip's own: --epochs, --plain, --rho and --start "
+                "do not change it.",
                 "Set trainer.max_epochs, rho, or what the model is in it.",
             )
         _train_with_nequip(config, out, resume)
         return
-    plan = training.prepare(config, out, epochs, resume, plain, start)
+    plan = training.prepare(config, out, epochs, resume, plain, start, rho)
     for warning in plan.warnings:
         console.print(f"Warning: {warning}", style="yellow")
     verb = "Continuing in" if plan.resumed else "Training in"

@@ -81,6 +81,7 @@ class Optimization:
     ema_decay: float = 0.99
     gradient_clip: float | None = None
     patience: int | None = None
+    compile: bool = False
     seed: int = 1
 
 

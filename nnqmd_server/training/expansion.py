@@ -166,7 +166,7 @@ def _model(config: TrainingConfig) -> dict[str, Any]:
     model: dict[str, Any] = {
         "_target_": "allegro.model.AllegroModel",
         "seed": config.training.seed,
-        "compile_mode": "eager",
+        "compile_mode": "compile" if config.training.compile else "eager",
         "model_dtype": net.precision,
         "type_names": list(config.elements),
         "r_max": net.cutoff,

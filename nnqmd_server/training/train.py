@@ -21,6 +21,7 @@ import yaml
 from ase import Atoms
 
 from nnqmd_server.errors import DataError, InputError, OutputError, ProgramError
+from nnqmd_server.potentials.compiled import find_compiler
 from nnqmd_server.potentials.package import PACKAGE_SUFFIX, file_hash
 from nnqmd_server.training import data
 from nnqmd_server.training.centres import assign_centres, read_centres
@@ -61,6 +62,7 @@ def prepare(
     resume: bool = False,
     without_sam: bool = False,
     start: Path | None = None,
+    rho: float | None = None,
 ) -> Plan:
     """Check configuration and data, and lay out the run directory.
 
@@ -78,6 +80,8 @@ def prepare(
         Train plainly, whatever rho the configuration has.
     start
         Begin with the weights of this model, whatever the configuration says.
+    rho
+        Length of the sharpness-aware step, instead of the configured one.
 
     Raises
     ------
@@ -89,10 +93,21 @@ def prepare(
         config = plain(config)
     if start is not None:
         config = replace(config, start=start.resolve())
+    if rho is not None:
+        if without_sam:
+            raise InputError("--plain is rho = 0, and --rho says another.", "Give one of the two.")
+        if not 0 <= rho < float("inf"):
+            raise InputError(f"rho cannot be {rho:g}.", "Use 0 for plain training, 0.005 to begin with.")
+        config = replace(config, training=replace(config.training, rho=rho))
     if epochs is not None:
         if epochs < 1:
             raise InputError(f"{epochs} epochs cannot be trained.", "Ask for 1 or more.")
         config = replace(config, training=replace(config.training, epochs=epochs))
+    if config.training.compile and find_compiler() is None:
+        raise InputError(
+            "`compile` is asked for, and this machine has no C++ compiler.",
+            "Install g++ (Debian: apt install g++), or set compile: false.",
+        )
     directory = (directory or Path("runs") / config.name).resolve()
     plan = Plan(config, directory, resumed=resume and (directory / "last.ckpt").is_file())
     if plan.resumed:
