@@ -9,7 +9,8 @@ of them instead.
 
     python benchmarks/train.py [--epochs 6] [--demo-epochs 8] [--full] [--json FILE]
 
-``demo_minutes`` is that of two processes.
+``demo_minutes`` is that of two processes; ``compiled_over_eager`` is the time of a plain step with
+``compile: true`` beside that without.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from hydra.utils import instantiate
 from nequip.utils.global_state import set_global_state
 from omegaconf import OmegaConf
 
+from nnqmd_server.potentials.compiled import find_compiler
 from nnqmd_server.training import train
 from nnqmd_server.training.config import read_config
 from nnqmd_server.training.expansion import expand
@@ -56,11 +58,11 @@ class Clock(lightning.Callback):
         self.ended.append(time.perf_counter())
 
 
-def time_steps(directory: Path, epochs: int, matmul: bool) -> dict[str, float]:
+def time_steps(directory: Path, epochs: int, matmul: bool, compiled: bool) -> dict[str, float]:
     """Milliseconds of plain and sharpness-aware steps, in turn, and the share of time between steps."""
     set_global_state()
     config = read_config(DEMO)
-    full = expand(replace(config, training=replace(config.training, sam_every=2)), epochs)
+    full = expand(replace(config, training=replace(config.training, sam_every=2, compile=compiled)), epochs)
     data = instantiate(full["data"], _recursive_=False)
     statistics = data.get_statistics("train")
     OmegaConf.register_new_resolver("training_data_stats", lambda name: statistics[name], replace=True)
@@ -84,6 +86,7 @@ def time_steps(directory: Path, epochs: int, matmul: bool) -> dict[str, float]:
         "plain_ms": 1e3 * float(np.median(length[warm & (steps % 2 == 1)])),
         "sam_ms": 1e3 * float(np.median(length[warm & (steps % 2 == 0)])),
         "wait_share": float(waited / (waited + length.sum())),
+        "first_s": float(length[0]),
     }
 
 
@@ -122,14 +125,21 @@ def main() -> None:
         room = Path(folder)
         plan = train.prepare(DEMO, room / "data", 1)
         os.chdir(plan.directory)
-        for name, matmul in (("allegro", False), ("matmul", True)) if options.epochs else ():
-            found = time_steps(room, options.epochs, matmul)
+        kinds = [("allegro", False, False), ("matmul", True, False)]
+        if find_compiler():
+            kinds.append(("matmul, compiled", True, True))
+        for name, matmul, compiled in kinds if options.epochs else ():
+            found = time_steps(room, options.epochs, matmul, compiled)
             ratio = found["sam_ms"] / found["plain_ms"]
             print(
                 f"products by {name}: plain step {found['plain_ms']:.1f} ms, sharpness-aware"
-                f" {found['sam_ms']:.1f} ms, ratio {ratio:.3f}; waiting {100 * found['wait_share']:.2f} %",
+                f" {found['sam_ms']:.1f} ms, ratio {ratio:.3f}; waiting {100 * found['wait_share']:.2f} %;"
+                f" the first step {found['first_s']:.1f} s",
                 flush=True,
             )
+            if compiled:
+                figures["compiled_over_eager"] = found["plain_ms"] / figures["plain_step_ms_matmul"]
+                continue
             figures[f"plain_step_ms_{name}"] = found["plain_ms"]
             if matmul:
                 figures |= {"sam_step_ratio": ratio, "loader_wait_share": found["wait_share"]}

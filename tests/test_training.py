@@ -730,6 +730,22 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path, monkeypatch, s
         assert counts[2][0].get(name) == same_counts[2][0].get(name), name
 
 
+def test_a_training_ends_when_nobody_follows_it(tmp_path, monkeypatch):
+    from nnqmd_server.training import train
+
+    write(tmp_path / "frames.xyz", [sensible(k) for k in range(8)], format="extxyz")
+    run = train.prepare(write_config(tmp_path / "a.yaml", **TINY), tmp_path / "a").directory
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    monkeypatch.setenv("NNQMD_TRAIN_OWNER", str(gone.pid))
+    with pytest.raises(RuntimeError, match=rf"process {gone.pid}.*is gone"):
+        run_nequip(run, monkeypatch)
+    assert read_epochs(run / "epochs.csv") == []
+    monkeypatch.setenv("NNQMD_TRAIN_OWNER", str(os.getpid()))
+    run_nequip(run, monkeypatch)
+    assert len(read_epochs(run / "epochs.csv")) == 1
+
+
 def test_a_learning_rate_falls_along_the_schedule(tmp_path, monkeypatch):
     from nnqmd_server.training import train
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,6 +62,28 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(tmp_path, settings
     assert counts[:2] == same_counts[:2]
 
 
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_no_trainer_is_left_behind(tmp_path, settings, how):
+    config = write_config(
+        tmp_path / "tiny.yaml", **settings | {"training": {"epochs": 5000, "batch_size": 2}}
+    )
+    started = subprocess.Popen(command(config, "--out", tmp_path / "run"), stdout=subprocess.PIPE, text=True)
+    until = time.monotonic() + WAIT
+    while len(read_epochs(tmp_path / "run/epochs.csv")) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+    assert len(children) == 1
+    started.send_signal(how)
+    said, _ = started.communicate(timeout=60)
+    if how == signal.SIGTERM:
+        assert started.returncode == 130
+        assert "--resume goes on" in " ".join(said.split())
+    until = time.monotonic() + 30
+    while Path(f"/proc/{children[0]}").exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{children[0]}").exists()
+
+
 def test_tensorboards_files_hold_what_the_table_holds(tmp_path, settings):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     table = settings | {"tensorboard": True, "training": {**settings["training"], "epochs": 3}}
@@ -84,6 +107,16 @@ def test_two_processes_train_the_same_network_on_both(tmp_path, settings):
     assert card["training"]["settings"]["processes"] == 2
     model = load(tmp_path / "run/tiny.nequip.zip", compiled=False)
     assert np.isfinite(model.evaluate(from_ase([sensible(50)])).forces).all()
+
+
+def test_a_training_goes_on_from_a_checkpoint_of_another(tmp_path, settings):
+    """In a process that has built no model before."""
+    once = settings | {"training": {"epochs": 2, "batch_size": 2, "rho": 0.0}}
+    finish(write_config(tmp_path / "tiny.yaml", **once), "--out", tmp_path / "first")
+    again = tmp_path / "again"
+    finish(tmp_path / "tiny.yaml", "--out", again, "--start", tmp_path / "first/best.ckpt")
+    scores = [read_epochs(folder / "epochs.csv")[-1].score for folder in (tmp_path / "first", again)]
+    assert scores[1] < scores[0]
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.01])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -66,6 +67,7 @@ def train(
     The configuration says what every key means; `processes: 2` uses two cores of a CPU, or two GPUs. A
     configuration of nequip's own is used as it is: its best checkpoint is packaged, without a card.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's end: as Ctrl-C
     # The room imports torch; `nnqmd --help` must not wait for it.
     from nnqmd_server.training import train as training
     from nnqmd_server.training.nequip_config import is_nequip_config

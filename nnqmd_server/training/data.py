@@ -35,7 +35,10 @@ class Split:
 
 
 def read_frames(path: Path) -> list[Atoms]:
-    """All frames of an extxyz file (energy eV, forces eV/Angstrom, stress eV/Angstrom^3 in ASE's sign)."""
+    """All frames of an extxyz file (energy eV, forces eV/Angstrom, stress eV/Angstrom^3 in ASE's sign).
+
+    Centroids that are NaN on every atom, as `write_sets` writes for frames without, are none.
+    """
     if not path.is_file():
         raise DataError(f"There is no data file {path}.", "Correct `data` (relative to the configuration).")
     try:
@@ -47,6 +50,9 @@ def read_frames(path: Path) -> list[Atoms]:
         ) from error
     if not frames:
         raise DataError(f"{path} holds no frames.", "Give a file with labelled frames.")
+    for frame in frames:
+        if WANNIER_CENTROID in frame.arrays and np.isnan(frame.arrays[WANNIER_CENTROID]).all():
+            del frame.arrays[WANNIER_CENTROID]
     return frames
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import yaml
 from nequip.model.saved_models.load_utils import load_saved_model
+from nequip.utils.global_state import set_global_state
 
 from nnqmd_server.errors import ModelError
 from nnqmd_server.potentials.package import PACKAGE_SUFFIX
@@ -69,6 +70,7 @@ def save_backbone(model: Path, target: Path, readout: bool = False) -> tuple[dic
     ModelError
         It cannot be loaded.
     """
+    set_global_state()  # nequip builds nothing without
     try:
         network = load_saved_model(model)
         settings = _settings(model)

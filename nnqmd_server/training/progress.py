@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
+
+OWNER = "NNQMD_TRAIN_OWNER"
+"""Environment variable with the process that follows the training."""
 
 COLUMNS = (
     "epoch",
@@ -75,6 +80,12 @@ class EpochLog(lightning.Callback):
         """Remember the learning rate: when the epoch ends, the scheduler has made its step."""
         self._rate = float(trainer.optimizers[0].param_groups[0]["lr"])
 
+    def on_train_batch_end(self, *_: Any) -> None:
+        """End a training that nobody follows any more: a second one may begin in its directory."""
+        owner = os.environ.get(OWNER)
+        if owner and not _is_alive(int(owner)):
+            raise RuntimeError(f"nnqmd train (process {owner}), which started this training, is gone")
+
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Write the line of this epoch; stop a training that has diverged."""
         logged = trainer.callback_metrics
@@ -104,6 +115,16 @@ class EpochLog(lightning.Callback):
         ]
         with self.path.open("a", newline="") as file:
             csv.writer(file).writerow(row)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's by now
+        return False
+    return True
 
 
 def _catch_up(trainer: lightning.Trainer, score: float) -> None:

@@ -28,10 +28,13 @@ from nnqmd_server.training.centres import assign_centres, read_centres
 from nnqmd_server.training.config import TrainingConfig, plain, read_config
 from nnqmd_server.training.expansion import expand
 from nnqmd_server.training.plausibility import check_sizes
-from nnqmd_server.training.progress import Epoch, read_epochs
+from nnqmd_server.training.progress import OWNER, Epoch, read_epochs
 
 POLL = 0.5
 """Time between looks at the trainer [s]."""
+
+PATIENCE = 30.0
+"""How long a trainer that is told to end may take before it is killed [s]."""
 
 STATISTICS = "backbone.json"
 """In the run directory: what the backbone took from its own data."""
@@ -207,8 +210,9 @@ def follow(
     table = directory / "epochs.csv"
     log = directory / "trainer.log"
     with log.open("a" if resumed else "w") as output:
+        environment = {**settings, **os.environ, OWNER: str(os.getpid())}
         process = subprocess.Popen(
-            command, cwd=present, env={**settings, **os.environ}, stdout=output, stderr=subprocess.STDOUT
+            command, cwd=present, env=environment, stdout=output, stderr=subprocess.STDOUT
         )
         try:
             seen = 0
@@ -221,7 +225,11 @@ def follow(
         finally:
             if process.poll() is None:
                 process.terminate()
-                process.wait()
+                try:
+                    process.wait(PATIENCE)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
     if process.returncode != 0:
         raise ProgramError(
             f"The trainer failed (exit code {process.returncode}). The end of {log}:\n{_tail(log)}",
