@@ -26,7 +26,7 @@ Examples:
       plain Allegro from the same file, to compare with
 
   nnqmd train examples/ammonia/small.yaml --rho 0.02 --out runs/rho-0.02
-      one of a scan; `nnqmd model errors` and `nnqmd fidelity --frames` compare what comes out
+      one of a scan; `nnqmd model errors` and `nnqmd model sharpness` compare what comes out
 
   nnqmd train examples/ammonia/small.yaml --out runs/ammonia --resume
 
