@@ -540,6 +540,7 @@ def write_config(path, **changes):
         ({"training": {"gradient_clip": 0}}, "gradient_clip"),
         ({"training": {"patience": 0}}, "patience"),
         ({"training": {"batch_size": 3}, "processes": 2}, "shared by 2 processes"),
+        ({"training": {"batch_size": 2, "compile": True}, "processes": 2}, "two frames or more"),
         ({"split": {"test": 0.9, "validation": 0.2}}, "fractions"),
         ({"loss": {"forces": 0}}, "positive"),
         ({"wannier": {"carriers": {"N": 8}, "ion_charges": {"N": 5}}}, "ion_charges"),

@@ -234,6 +234,11 @@ def _validate(config: TrainingConfig) -> None:
         "batch_size counts the frames of a step over all processes: make it a multiple of `processes`.",
     )
     require(
+        not opt.compile or opt.batch_size >= 2 * config.processes,
+        "compile needs steps of two frames or more in each process; nequip computes single ones uncompiled.",
+        "Raise batch_size, or set compile: false.",
+    )
+    require(
         not config.tensorboard or _has_tensorboard(),
         "tensorboard is asked for, and no package can write its files.",
         "Install it (pip install tensorboard), or set tensorboard: false; epochs.csv is always written.",
