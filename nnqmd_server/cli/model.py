@@ -11,6 +11,9 @@ from rich.table import Table
 from nnqmd_server.cli.sharpness import measure_sharpness, parse_noise, sharpness_table
 from nnqmd_server.cli.terminal import console
 
+Frames = Annotated[Path, typer.Option(metavar="FILE", help="labelled frames (extxyz), see docs/data.md")]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="all numbers as JSON")]
+
 app = typer.Typer(help="Look at a model.", no_args_is_help=True)
 
 
@@ -82,12 +85,10 @@ def errors(
     models: Annotated[
         list[str], typer.Argument(metavar="[NAME=]MODEL...", help="one or several, as for nnqmd serve")
     ],
-    frames: Annotated[Path, typer.Option(metavar="FILE", help="labelled frames (extxyz), see docs/data.md")],
+    frames: Frames,
     group: Annotated[str, typer.Option(help="key that names the run a frame comes from")] = "config_type",
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="all numbers as JSON")
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Print the errors of models on labelled frames, such as ones that were labelled after the training.
 
@@ -164,12 +165,10 @@ def sharpness(
     models: Annotated[
         list[str], typer.Argument(metavar="[NAME=]MODEL...", help="packaged models (.nequip.zip)")
     ],
-    frames: Annotated[Path, typer.Option(metavar="FILE", help="labelled frames (extxyz), see docs/data.md")],
+    frames: Frames,
     noise: Annotated[str, typer.Option(help="relative noise on weights")] = "0.01,0.02,0.05",
     draws: Annotated[int, typer.Option(min=2, max=1000, help="draws of the noise")] = 10,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="all numbers as JSON")
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Print how much the loss of models rises when their weights are shaken.
 

@@ -120,9 +120,7 @@ class EpochLog(lightning.Callback):
 def _is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's by now
+    except (ProcessLookupError, PermissionError):  # the number may be somebody else's by now
         return False
     return True
 

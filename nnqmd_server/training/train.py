@@ -91,21 +91,7 @@ def prepare(
     InputError, DataError, ModelError, OutputError
         Before anything is computed.
     """
-    config = read_config(config_path)
-    if without_sam:
-        config = plain(config)
-    if start is not None:
-        config = replace(config, start=start.resolve())
-    if rho is not None:
-        if without_sam:
-            raise InputError("--plain is rho = 0, and --rho says another.", "Give one of the two.")
-        if not 0 <= rho < float("inf"):
-            raise InputError(f"rho cannot be {rho:g}.", "Use 0 for plain training, 0.005 to begin with.")
-        config = replace(config, training=replace(config.training, rho=rho))
-    if epochs is not None:
-        if epochs < 1:
-            raise InputError(f"{epochs} epochs cannot be trained.", "Ask for 1 or more.")
-        config = replace(config, training=replace(config.training, epochs=epochs))
+    config = _changed(read_config(config_path), epochs, without_sam, start, rho)
     if config.training.compile and find_compiler() is None:
         raise InputError(
             "`compile` is asked for, and this machine has no C++ compiler.",
@@ -142,6 +128,27 @@ def prepare(
     except OSError as error:
         raise OutputError(f"{directory} cannot be written: {error}", "Choose another --out.") from error
     return replace(plan, warnings=_warnings(frames, kept, left_out, config.max_force))
+
+
+def _changed(
+    config: TrainingConfig, epochs: int | None, without_sam: bool, start: Path | None, rho: float | None
+) -> TrainingConfig:
+    """What the user asked for instead of what the file says."""
+    if without_sam:
+        if rho is not None:
+            raise InputError("--plain is rho = 0, and --rho says another.", "Give one of the two.")
+        config = plain(config)
+    if rho is not None:
+        if not 0 <= rho < float("inf"):
+            raise InputError(f"rho cannot be {rho:g}.", "Use 0 for plain training, 0.005 to begin with.")
+        config = replace(config, training=replace(config.training, rho=rho))
+    if start is not None:
+        config = replace(config, start=start.resolve())
+    if epochs is not None:
+        if epochs < 1:
+            raise InputError(f"{epochs} epochs cannot be trained.", "Ask for 1 or more.")
+        config = replace(config, training=replace(config.training, epochs=epochs))
+    return config
 
 
 def fit(plan: Plan, on_epoch: Callable[[Sequence[Epoch]], None] = lambda epochs: None) -> list[Epoch]:
