@@ -99,7 +99,7 @@ def measure(
     if not path.name.endswith(PACKAGE_SUFFIX):
         raise ModelError(
             f"The weights of {path} cannot be shaken.",
-            f"Give a packaged model ({PACKAGE_SUFFIX}), or leave out --frames.",
+            f"Give a packaged model ({PACKAGE_SUFFIX}); the weights of others cannot be reached.",
         )
     card = read_card(path)
     symbols = {symbol for frame in frames for symbol in frame.get_chemical_symbols()}
