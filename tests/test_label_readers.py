@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from nnqmd_server.cli import app
 from nnqmd_server.errors import DataError, InputError
 from nnqmd_server.labels import centres, cp2k_input, cp2k_output, cp2k_run
-from nnqmd_server.labels.codes import Cp2k
 from nnqmd_server.labels.convert import Reading, read_files
+from nnqmd_server.labels.cp2k_run import Cp2k
 from nnqmd_server.labels.extxyz import parse_units
 from nnqmd_server.training import data as training
 from nnqmd_server.units import BOHR, GPA, HARTREE

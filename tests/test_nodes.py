@@ -165,7 +165,8 @@ def test_a_worker_with_another_model_ends_and_says_why(tmp_path):
         )
         assert worker.wait(100) == 1
     line = said(tmp_path, "worker")
-    assert "refused this worker: ammonia is ammonia-small.nequip.zip (sha256 499229aa" in line
+    ours = hashlib.sha256(MODEL.read_bytes()).hexdigest()[:8]
+    assert f"refused this worker: ammonia is ammonia-small.nequip.zip (sha256 {ours}" in line
     assert "the worker brought another model, ammonia.nequip.zip" in line
 
 

@@ -22,7 +22,6 @@ from ase.calculators.calculator import Calculator
 
 from nnqmd_server.errors import InputError, ProgramError
 from nnqmd_server.labels import cp2k_run
-from nnqmd_server.labels.centres import ESTIMATOR
 from nnqmd_server.labels.cp2k_input import FORCES, K_LENGTH, WANNIER, read_template, shipped
 from nnqmd_server.labels.frames import labelled
 from nnqmd_server.potentials.foreign import load_module
@@ -47,62 +46,6 @@ class Code(Protocol):
 
     def prepare(self) -> Labeller:
         """Make the labeller, in the process where it will work."""
-
-
-@dataclass(frozen=True)
-class Cp2k:
-    """CP2K: one run for energy, forces and stress, and one at Gamma for Wannier centres.
-
-    Parameters
-    ----------
-    command : tuple of str
-        How CP2K is started; ``-i FILE -o FILE`` is added.
-    version : str
-        As the program says it.
-    forces, wannier : str
-        Input templates; an empty ``wannier`` leaves the centres out.
-    k_length : float or None
-        See `nnqmd_server.labels.cp2k_input.with_k_points`.
-    carriers : tuple of str
-        Elements that centres belong to; empty for all but hydrogen.
-    timeout : float
-        Of one run [s].
-    threads : int
-        OMP_NUM_THREADS of CP2K.
-    """
-
-    command: tuple[str, ...]
-    version: str
-    forces: str
-    wannier: str
-    k_length: float | None
-    carriers: tuple[str, ...] = ()
-    timeout: float = 3600.0
-    threads: int = 1
-
-    @property
-    def name(self) -> str:
-        """Code and version."""
-        return f"CP2K {self.version}"
-
-    def identity(self, atoms: Atoms) -> str:
-        """The inputs as CP2K would get them, and how centres are made of the output."""
-        inputs = cp2k_run.inputs(atoms, self.forces, self.wannier, self.k_length, cp2k_run.STRIDES[0])
-        return json.dumps([self.name, *inputs, [ESTIMATOR, *self.carriers] if self.wannier else None])
-
-    def settings(self) -> dict[str, Any]:
-        """For the provenance file."""
-        return {
-            "command": shlex.join(self.command),
-            "k_length": self.k_length,
-            "carriers": list(self.carriers),
-            "forces_input": self.forces,
-            "wannier_input": self.wannier,
-        }
-
-    def prepare(self) -> Labeller:
-        """Make the labeller."""
-        return lambda atoms, folder: cp2k_run.label(atoms, folder, self)
 
 
 @dataclass(frozen=True)
@@ -260,7 +203,7 @@ def find_cp2k(
     carriers: tuple[str, ...] = (),
     timeout: float = 3600.0,
     threads: int = 1,
-) -> Cp2k:
+) -> cp2k_run.Cp2k:
     """CP2K as it is installed here, with a user's inputs or ours.
 
     Raises
@@ -289,4 +232,4 @@ def find_cp2k(
     else:
         centres = read_template(wannier) if wannier else shipped(WANNIER)
     version = cp2k_run.version(words)
-    return Cp2k(words, version, template, centres, k_length, carriers, timeout, threads)
+    return cp2k_run.Cp2k(words, version, template, centres, k_length, carriers, timeout, threads)

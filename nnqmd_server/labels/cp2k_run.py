@@ -1,13 +1,17 @@
-"""One structure through CP2K."""
+"""CP2K as a code that labels, and one structure through it."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shlex
 import subprocess
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ase import Atoms
 
@@ -16,11 +20,64 @@ from nnqmd_server.labels import centres, cp2k_output
 from nnqmd_server.labels.cp2k_input import forces_input, wannier_input
 from nnqmd_server.labels.frames import bad_frame, labelled
 
-if TYPE_CHECKING:
-    from nnqmd_server.labels.codes import Cp2k
-
 STRIDES = (2, 1)
 """Of the cube files; the second where the first does not divide CP2K's grid."""
+
+
+@dataclass(frozen=True)
+class Cp2k:
+    """CP2K: one run for energy, forces and stress, and one at Gamma for Wannier centres.
+
+    Parameters
+    ----------
+    command : tuple of str
+        How CP2K is started; ``-i FILE -o FILE`` is added.
+    version : str
+        As the program says it.
+    forces, wannier : str
+        Input templates; an empty ``wannier`` leaves the centres out.
+    k_length : float or None
+        See `nnqmd_server.labels.cp2k_input.with_k_points`.
+    carriers : tuple of str
+        Elements that centres belong to; empty for all but hydrogen.
+    timeout : float
+        Of one run [s].
+    threads : int
+        OMP_NUM_THREADS of CP2K.
+    """
+
+    command: tuple[str, ...]
+    version: str
+    forces: str
+    wannier: str
+    k_length: float | None
+    carriers: tuple[str, ...] = ()
+    timeout: float = 3600.0
+    threads: int = 1
+
+    @property
+    def name(self) -> str:
+        """Code and version."""
+        return f"CP2K {self.version}"
+
+    def identity(self, atoms: Atoms) -> str:
+        """The inputs as CP2K would get them, and how centres are made of the output."""
+        both = inputs(atoms, self.forces, self.wannier, self.k_length, STRIDES[0])
+        return json.dumps([self.name, *both, [centres.ESTIMATOR, *self.carriers] if self.wannier else None])
+
+    def settings(self) -> dict[str, Any]:
+        """For the provenance file."""
+        return {
+            "command": shlex.join(self.command),
+            "k_length": self.k_length,
+            "carriers": list(self.carriers),
+            "forces_input": self.forces,
+            "wannier_input": self.wannier,
+        }
+
+    def prepare(self) -> Callable[[Atoms, Path], Atoms]:
+        """Make the labeller."""
+        return lambda atoms, folder: label(atoms, folder, self)
 
 
 def inputs(atoms: Atoms, forces: str, wannier: str, k_length: float | None, stride: int) -> tuple[str, str]:
