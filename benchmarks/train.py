@@ -1,16 +1,15 @@
-"""What training costs: a sharpness-aware step, waiting for data, and the shipped demo on two cores.
+"""What training costs: a sharpness-aware step, waiting for data, and the shipped demo.
 
 Steps are timed inside nequip's own trainer, on the data and the network of examples/ammonia/small.yaml, one
 thread, plain and sharpness-aware steps in turn, so that a busy machine is busy for both; medians. Waiting is
 the time from the end of one step to the beginning of the next, within an epoch, over all epochs, the first
-included. The demo is trained for a few epochs by ``nnqmd train``'s own way, on one process and on two, and
-the time of all its epochs is extrapolated from these (without the first, plus the start); --full trains all
-of them instead.
+included. The demo is trained for a few epochs as ``nnqmd train`` does it, on one thread, and the time of all
+its epochs is extrapolated from these (without the first, plus the start); --full trains all of them instead.
 
     python benchmarks/train.py [--epochs 6] [--demo-epochs 8] [--full] [--json FILE]
 
-``demo_minutes`` is that of two processes; ``compiled_over_eager`` is the time of a plain step with
-``compile: true`` beside that without.
+``compiled_over_eager`` is the time of a plain step with ``compile: true`` beside that without. Steps that are
+not compiled are those of ``sam_step_ratio`` and ``loader_wait_share``.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
-import yaml
 from hydra.utils import instantiate
 from nequip.utils.global_state import set_global_state
 from omegaconf import OmegaConf
@@ -90,14 +88,10 @@ def time_steps(directory: Path, epochs: int, matmul: bool, compiled: bool) -> di
     }
 
 
-def demo_minutes(directory: Path, processes: int, epochs: int, all_epochs: int) -> tuple[float, float]:
+def demo_minutes(directory: Path, epochs: int, all_epochs: int) -> tuple[float, float]:
     """Minutes for all epochs of the demo, from those of a few; seconds per epoch."""
-    text = yaml.safe_load(DEMO.read_text())
-    text |= {"data": str((DEMO.parent / text["data"]).resolve()), "processes": processes}
-    path = directory / f"demo-{processes}.yaml"
-    path.write_text(yaml.safe_dump(text))
     os.environ["OMP_NUM_THREADS"] = "1"
-    plan = train.prepare(path, directory / f"run-{processes}", epochs)
+    plan = train.prepare(DEMO, directory / "demo", epochs)
     begun = time.perf_counter()
     found = train.fit(plan)
     whole = time.perf_counter() - begun
@@ -112,9 +106,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--epochs", type=int, default=6, help="epochs of timed steps; 0 leaves them out")
-    parser.add_argument("--demo-epochs", type=int, default=8)
+    parser.add_argument("--demo-epochs", type=int, default=8, help="epochs of the demo; 0 leaves it out")
     parser.add_argument("--full", action="store_true", help="train the demo to its end")
-    parser.add_argument("--processes", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -144,16 +137,12 @@ def main() -> None:
             if matmul:
                 figures |= {"sam_step_ratio": ratio, "loader_wait_share": found["wait_share"]}
         os.chdir(here)
-        for processes in options.processes:
+        if options.full or options.demo_epochs:
             epochs = total if options.full else options.demo_epochs
-            minutes, each = demo_minutes(room, processes, epochs, total)
+            minutes, each = demo_minutes(room, epochs, total)
             how = "trained" if options.full else f"extrapolated from {epochs} epochs"
-            print(
-                f"demo, {total} epochs on {processes} process(es): {minutes:.1f} min"
-                f" ({each:.2f} s per epoch; {how})",
-                flush=True,
-            )
-            figures["demo_minutes" if processes == 2 else f"demo_minutes_{processes}_process"] = minutes
+            print(f"demo, {total} epochs on one core: {minutes:.1f} min ({each:.2f} s per epoch; {how})")
+            figures["demo_minutes"] = minutes
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
 
