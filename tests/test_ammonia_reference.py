@@ -56,11 +56,11 @@ def test_symmetry_gives_what_moving_every_atom_gives(compare, evaluate, monkeypa
 def test_the_model_stands_to_the_reference_as_the_docs_say(compare):
     reference, model = compare.reference(), compare.of_model(MODEL)
     assert reference.lattice.from_pressure == pytest.approx(5.092, abs=1e-3)
-    assert model.lattice.from_pressure == pytest.approx(5.140, abs=2e-3)
+    assert model.lattice.from_pressure == pytest.approx(5.113, abs=2e-3)
     assert reference.lattice.bulk_modulus == pytest.approx(7.7, abs=0.1)
-    assert model.lattice.bulk_modulus == pytest.approx(16.7, abs=0.3)
+    assert model.lattice.bulk_modulus == pytest.approx(4.5, abs=0.2)
     assert reference.molecule[[0, 1, 3, 4]] == pytest.approx([1049, 1654, 3381, 3491], abs=1)
-    assert model.molecule[[0, 1, 3, 4]] == pytest.approx([1139, 1574, 3364, 3456], abs=2)
+    assert model.molecule[[0, 1, 3, 4]] == pytest.approx([1048, 1586, 3347, 3443], abs=2)
     # Pairs that symmetry makes equal: what is left of the grid's noise.
     assert reference.molecule[[1, 4]] == pytest.approx(reference.molecule[[2, 5]], rel=0.01)
     assert reference.phonons[[0, 20, 21, 24, 25, 32, 33, 44]] == pytest.approx(
@@ -68,10 +68,10 @@ def test_the_model_stands_to_the_reference_as_the_docs_say(compare):
     )
     apart = model.phonons - reference.phonons
     means = [apart[band].mean() for band in compare.BANDS.values()]
-    assert means == pytest.approx([30, -29, -22, -20], abs=2)
+    assert means == pytest.approx([0, 0, -43, -13], abs=2)
     assert reference.bond == pytest.approx(1.0208, abs=1e-4)
-    assert model.bond == pytest.approx(1.0230, abs=2e-4)
-    assert model.angle - reference.angle == pytest.approx(-0.78, abs=0.05)
+    assert model.bond == pytest.approx(1.0259, abs=2e-4)
+    assert model.angle - reference.angle == pytest.approx(-1.30, abs=0.05)
 
 
 def test_errors_of_a_model_on_new_frames_are_printed(evaluate, tmp_path):
@@ -103,15 +103,15 @@ def test_errors_of_a_model_on_new_frames_are_printed(evaluate, tmp_path):
     assert "10.4" in row and "102.1" in row
 
 
-def test_the_beads_that_ship_are_new_and_the_models_do_on_them_what_the_docs_say():
+def test_the_frames_that_ship_differ_and_the_model_does_on_new_ones_what_the_docs_say():
     from nnqmd_server.potentials.load import load
     from nnqmd_server.training import data
     from nnqmd_server.training.accuracy import errors_on
 
     folder = FOLDER.parent / "data"
-    beads = data.read_frames(folder / "ammonia_beads.xyz")
-    others = [data.read_frames(folder / f"ammonia_{name}.xyz") for name in ("train", "cold", "later")]
-    data.check([*beads, *(frame for frames in others for frame in frames)], ["N", "H"], ["N"], optional=True)
-    errors = errors_on(load(str(MODEL), compiled=False), beads, data.groups_of(beads, "config_type"))
-    assert errors["forces_meV_per_A"]["mae"] == pytest.approx(54.4, abs=0.1)
-    assert errors["wannier_centroid_A"]["mae"] == pytest.approx(0.0034, abs=1e-4)
+    files = [data.read_frames(folder / f"ammonia_{name}.xyz") for name in ("train", "beads", "cold", "later")]
+    data.check([frame for frames in files for frame in frames], ["N", "H"], ["N"], optional=True)
+    later = files[-1]
+    errors = errors_on(load(str(MODEL), compiled=False), later, data.groups_of(later, "config_type"))
+    assert errors["forces_meV_per_A"]["mae"] == pytest.approx(23.7, abs=0.1)
+    assert errors["wannier_centroid_A"]["mae"] == pytest.approx(0.0009, abs=1e-4)

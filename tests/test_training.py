@@ -507,13 +507,16 @@ def test_prepared_frames_carry_only_what_is_trained():
     np.testing.assert_array_equal(bare.get_forces(), frame.get_forces())
 
 
-def test_shipped_data_split_as_the_card_says():
-    config = read_config(SHIPPED)
-    frames = data.read_frames(*config.data)
-    data.check(frames, config.elements, config.carriers)
-    check_sizes(frames, range(len(frames)), config.carriers)
-    parts = data.split(data.groups_of(frames, config.split.group), config.split.validation, config.split.test)
-    assert (len(parts.train), len(parts.validation), len(parts.test)) == (47, 5, 10)
+@pytest.mark.parametrize("name", ["small", "base"])
+def test_shipped_data_split_as_the_card_says(name):
+    config = read_config(SHIPPED.with_name(f"{name}.yaml"))
+    frames = [frame for file in config.data for frame in data.read_frames(file)]
+    data.check(frames, config.elements, config.carriers, config.wannier.optional)
+    groups = data.groups_of(frames, config.split.group)
+    parts = data.split(groups, config.split.validation, config.split.test, config.split.join_below)
+    card = json.loads((SHIPPED.parent / f"models/{name}/card.json").read_text())
+    for key in ("train", "validation", "test"):
+        assert list(getattr(parts, key)) == card["data"]["frames"][key]
 
 
 # --- configuration ---
