@@ -137,7 +137,7 @@ def draw(path: Path, found: Mapping[str, Measured]) -> None:
     truth = next(iter(found.values()))
     vibrations = truth.phonons is not None or truth.molecule is not None
     with pictures.style():
-        figure = Figure(figsize=(13.8 if vibrations else 9.2, 4.4), layout="constrained")
+        figure = Figure(figsize=(15.6 if vibrations else 9.2, 4.4), layout="constrained")
         energy, pressure, *rest = figure.subplots(1, 3 if vibrations else 2)
         for k, (name, one) in enumerate(found.items()):
             colour, marker = ("0.15", "s") if k == 0 else (pictures.COLOURS[k - 1], "o")
@@ -161,7 +161,10 @@ def draw(path: Path, found: Mapping[str, Measured]) -> None:
             if letter != "a":
                 axes.axhline(0, color="0.6", lw=0.8, zorder=0)
             axes.set_title(letter, loc="left", weight="bold")
-            axes.legend()
+            if axes in rest:  # points are everywhere
+                axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+            else:
+                axes.legend()
         below = "phase I with relaxed positions" + ("; vibrations" if vibrations else "")
         pictures.headline(figure, "Ammonia: models against CP2K", below)
         path.parent.mkdir(parents=True, exist_ok=True)
