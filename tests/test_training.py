@@ -512,8 +512,10 @@ def test_shipped_data_split_as_the_card_says(name):
     config = read_config(SHIPPED.with_name(f"{name}.yaml"))
     frames = [frame for file in config.data for frame in data.read_frames(file)]
     data.check(frames, config.elements, config.carriers, config.wannier.optional)
+    check_sizes(frames, range(len(frames)), config.carriers)
     groups = data.groups_of(frames, config.split.group)
     parts = data.split(groups, config.split.validation, config.split.test, config.split.join_below)
+    assert (len(parts.train), len(parts.validation), len(parts.test)) == (140, 18, 31)
     card = json.loads((SHIPPED.parent / f"models/{name}/card.json").read_text())
     for key in ("train", "validation", "test"):
         assert list(getattr(parts, key)) == card["data"]["frames"][key]
